@@ -1,0 +1,312 @@
+"""What an analysis returns: frozen numbers with axes, units, intervals, controls and provenance.
+
+Nothing here computes; nothing here holds a model, a figure or a file handle. Arrays are numpy, on the CPU, float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+Head = tuple[int, int]
+"""(layer, head), both counted from 0."""
+
+
+@dataclass(frozen=True, eq=False)
+class Provenance:
+    """How a number was made: enough to make it again."""
+
+    model: str
+    revision: str = ""
+    dtype: str = ""
+    attention: str = ""
+    device: str = ""
+    task: str = ""
+    seed: int | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Skipped:
+    """An episode left out, and why."""
+
+    episode: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """One number with its interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    unit: str = "probability"
+    method: str = "Wilson 95 %"
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] (n={self.n})"
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """One head score over the whole model.
+
+    Arrays are [layer, head]; `per_episode` is [batch, layer, head]. A head that the model cannot give a pattern for is NaN.
+    `low`, `high`: 95 % bootstrap interval of `value` over episodes. `null`: mean score with labels (or spans) shuffled over the
+    exemplars; `null_high`: the null's 97.5 % quantile. `p`: one-sided, score above its null; `p_corrected`: Holm over all heads.
+    """
+
+    name: str
+    description: str
+    unit: str
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    null: np.ndarray
+    null_high: np.ndarray
+    p: np.ndarray
+    p_corrected: np.ndarray
+    per_episode: np.ndarray
+    source: str = ""
+    null_name: str = "labels shuffled over the exemplars"
+
+    def top(self, k: int = 5) -> list[Head]:
+        """The k highest heads, best first; heads without a pattern (NaN) never appear."""
+        flat = self.value.ravel()
+        order = [int(i) for i in np.argsort(-np.nan_to_num(flat, nan=-np.inf), kind="stable") if not np.isnan(flat[i])]
+        return [(i // self.value.shape[1], i % self.value.shape[1]) for i in order[:k]]
+
+
+@dataclass(frozen=True, eq=False)
+class HeadScores:
+    """Every score of every head. `scores[name]` is a `Score`."""
+
+    scores: Mapping[str, Score]
+    n: int
+    n_key_value_heads: int
+    skipped: tuple[Skipped, ...]
+    provenance: Provenance
+    notes: tuple[str, ...] = ()
+
+    def __getitem__(self, name: str) -> Score:
+        return self.scores[name]
+
+    def top(self, name: str, k: int = 5) -> list[Head]:
+        """The k heads with the highest score `name`, best first."""
+        return self.scores[name].top(k)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per (score, layer, head)."""
+        rows = []
+        for name, s in self.scores.items():
+            for layer, head in np.ndindex(*s.value.shape):
+                cell = (layer, head)
+                rows.append(
+                    {"score": name, "layer": layer, "head": head, "value": s.value[cell], "low": s.low[cell], "high": s.high[cell],
+                     "null": s.null[cell], "p": s.p[cell], "p_corrected": s.p_corrected[cell], "unit": s.unit, "n": self.n}
+                )  # fmt: skip
+        return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True, eq=False)
+class ICLAccuracy:
+    """How well the model answers from the examples.
+
+    Per-episode arrays are [batch]. `correct`: the right label has the highest full-label log-probability among the candidates;
+    `first_token_correct`: the same with the first token only; `open_correct`: the greedy first token over the whole vocabulary is the right label's first token.
+    `margin`: log-probability of the right label minus the best wrong one, nats. `predicted`: index of the chosen candidate.
+    """
+
+    accuracy: Estimate
+    first_token_accuracy: Estimate
+    open_accuracy: Estimate
+    cla: Estimate
+    margin: Estimate
+    chance: float
+    zero_shot: Estimate | None
+    correct: np.ndarray
+    first_token_correct: np.ndarray
+    open_correct: np.ndarray
+    margins: np.ndarray
+    predicted: np.ndarray
+    answers: np.ndarray
+    candidates: tuple[tuple[str, ...], ...]
+    episode_ids: tuple[str, ...]
+    n: int
+    skipped: tuple[Skipped, ...]
+    provenance: Provenance
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per episode."""
+        return pd.DataFrame(
+            {"episode": self.episode_ids, "correct": self.correct, "first_token_correct": self.first_token_correct,
+             "open_correct": self.open_correct, "margin_nats": self.margins,
+             "predicted": [c[i] for c, i in zip(self.candidates, self.predicted, strict=True)],
+             "answer": [c[i] for c, i in zip(self.candidates, self.answers, strict=True)]}
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class AblationCell:
+    """One set of heads switched off, on the same episodes as the intact model.
+
+    `change`: accuracy with the heads off minus intact, paired bootstrap interval. `margin_change`: the same in nats.
+    `mcnemar_p`: exact McNemar test of the paired answers.
+    """
+
+    heads: tuple[Head, ...]
+    accuracy: Estimate
+    change: Estimate
+    margin_change: Estimate
+    mcnemar_p: float
+    correct: np.ndarray
+    margins: np.ndarray
+    name: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Ablation:
+    """Heads switched off, beside the intact model and matched random heads.
+
+    `random`: one cell per draw of random heads (as many heads; same layers where these have heads left, else the nearest layers: then `match_note`
+    says so). `p_random`: share of draws (with the +1 correction) whose accuracy falls at least as far as that of the chosen heads.
+    """
+
+    how: str
+    intact: ICLAccuracy
+    chosen: AblationCell
+    singles: tuple[AblationCell, ...]
+    random: tuple[AblationCell, ...]
+    random_mean: Estimate
+    p_random: float
+    zero_shot: Estimate | None
+    match_note: str
+    verdict: str
+    n: int
+    provenance: Provenance
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per set of heads."""
+        rows = []
+        for kind, cells in (("chosen", (self.chosen,)), ("single", self.singles), ("random", self.random)):
+            for cell in cells:
+                rows.append(
+                    {"kind": kind, "heads": " ".join(f"{a}.{b}" for a, b in cell.heads), "n_heads": len(cell.heads),
+                     "accuracy": cell.accuracy.value, "low": cell.accuracy.low, "high": cell.accuracy.high,
+                     "change": cell.change.value, "change_low": cell.change.low, "change_high": cell.change.high,
+                     "margin_change_nats": cell.margin_change.value, "mcnemar_p": cell.mcnemar_p, "n": cell.accuracy.n}
+                )  # fmt: skip
+        return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True, eq=False)
+class DoseCurve:
+    """Accuracy as the top 1, 2, ... k heads are switched off, with a band of matched random sets.
+
+    `ks` [k]; `accuracy[k]`; `random_low/mean/high` [k]: 2.5 %, mean, 97.5 % over random draws.
+    """
+
+    ranking: tuple[Head, ...]
+    ranked_by: str
+    ks: np.ndarray
+    accuracy: tuple[Estimate, ...]
+    margin: tuple[Estimate, ...]
+    random_mean: np.ndarray
+    random_low: np.ndarray
+    random_high: np.ndarray
+    n_draws: int
+    chance: float
+    how: str
+    n: int
+    provenance: Provenance
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per number of heads off."""
+        return pd.DataFrame(
+            {"k": self.ks, "accuracy": [a.value for a in self.accuracy], "low": [a.low for a in self.accuracy],
+             "high": [a.high for a in self.accuracy], "margin_nats": [m.value for m in self.margin],
+             "random_mean": self.random_mean, "random_low": self.random_low, "random_high": self.random_high, "n": self.n}
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class RoleAttention:
+    """Where the query's last token looks: mean attention mass per head onto each kind of span.
+
+    `value` [layer, head, span]; `spans`: names such as "right label", "wrong label", "right image", "query image", "instruction", "sink".
+    Mass is summed over a span's tokens; the columns of one head sum to one up to rounding (plus what an attention sink without a token takes).
+    """
+
+    spans: tuple[str, ...]
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    n: int
+    provenance: Provenance
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per (layer, head, span)."""
+        rows = [
+            {"layer": i, "head": j, "span": self.spans[k], "value": self.value[i, j, k], "low": self.low[i, j, k], "high": self.high[i, j, k], "n": self.n}
+            for i, j, k in np.ndindex(*self.value.shape)
+        ]  # fmt: skip
+        return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True, eq=False)
+class PromptView:
+    """One rendered prompt, ready to be drawn: tokens with roles, pictures, and attention onto them.
+
+    `tokens`, `roles`, `shots` [pos] (shot -1 is the query, -2 nothing); `images`: PNG bytes in order; `image_boxes`: for every image, a mapping
+    from token position to (left, top, right, bottom) in the picture's pixels; `rows`: attention of the last token, {head: [pos]}.
+    `patterns`: {head: [dest, src]} for the chosen heads.
+    """
+
+    tokens: tuple[str, ...]
+    roles: tuple[str, ...]
+    shots: tuple[int, ...]
+    labels: tuple[str, ...]
+    images: tuple[bytes, ...]
+    image_boxes: tuple[Mapping[int, tuple[float, float, float, float]], ...]
+    rows: Mapping[Head, np.ndarray]
+    patterns: Mapping[Head, np.ndarray]
+    answer: str
+    predicted: str
+    episode: str
+    provenance: Provenance
+
+
+@dataclass(frozen=True, eq=False)
+class Series:
+    """Measures along training: `values[name]` [step], on the steps `steps`, same probe episodes throughout.
+
+    `low`, `high`: 95 % interval over episodes where known, else empty.
+    """
+
+    steps: np.ndarray
+    values: Mapping[str, np.ndarray]
+    low: Mapping[str, np.ndarray]
+    high: Mapping[str, np.ndarray]
+    unit: str
+    n: int
+    provenance: Provenance
+    stages: tuple[tuple[int, str], ...] = ()
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per (measure, step)."""
+        rows = []
+        for name, values in self.values.items():
+            low, high = self.low.get(name), self.high.get(name)
+            for i, step in enumerate(self.steps):
+                rows.append(
+                    {"measure": name, "step": int(step), "value": values[i], "low": None if low is None else low[i],
+                     "high": None if high is None else high[i]}
+                )  # fmt: skip
+        return pd.DataFrame(rows)
