@@ -1,3 +1,52 @@
-"""Mechanistic interpretability of in-context learning, in toy transformers and in vision-language models."""
+"""Mechanistic interpretability of in-context learning, in toy transformers and in vision-language models.
+
+The names below load what they need when they are first used, so that `import mechicl` costs what Python costs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mechicl.analysis.ablation import ablate, dose_curve
+    from mechicl.analysis.heads import attention_by_role, score_heads
+    from mechicl.analysis.icl import icl_accuracy
+    from mechicl.analysis.study import find_and_prove
+    from mechicl.models.load import load
+    from mechicl.models.vlm import HookedVLM
+    from mechicl.prompts.episode import Episode, Shot
+    from mechicl.views.plots import plot
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "load": "mechicl.models.load",
+    "HookedVLM": "mechicl.models.vlm",
+    "Episode": "mechicl.prompts.episode",
+    "Shot": "mechicl.prompts.episode",
+    "score_heads": "mechicl.analysis.heads",
+    "attention_by_role": "mechicl.analysis.heads",
+    "icl_accuracy": "mechicl.analysis.icl",
+    "ablate": "mechicl.analysis.ablation",
+    "dose_curve": "mechicl.analysis.ablation",
+    "find_and_prove": "mechicl.analysis.study",
+    "plot": "mechicl.views.plots",
+}
+_MODULES = ("data", "prompts", "models", "analysis", "training", "views", "errors", "results")
+
+__all__ = [
+    "Episode", "HookedVLM", "Shot", "ablate", "attention_by_role", "dose_curve", "find_and_prove", "icl_accuracy", "load", "plot", "score_heads",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"mechicl.{name}")
+    raise AttributeError(f"module 'mechicl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_MODULES])

@@ -1,0 +1,114 @@
+"""`diagnose`: is this model, on this machine, in this dtype, safe to draw conclusions from?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mechicl.models.check import check_inputs_for, compare, tolerance
+from mechicl.models.probe import picture_probe
+from mechicl.models.vlm import HookedVLM
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. `value` is held against `limit`; `advice` says what to do when `ok` is False."""
+
+    name: str
+    ok: bool
+    value: float
+    limit: float
+    unit: str
+    advice: str
+
+
+@torch.no_grad()
+def diagnose(model: HookedVLM) -> list[Check]:
+    """Every check that needs no data: parity, implementations, overflow, masks, padding, positions, the picture's effect.
+
+    Returns:
+        Checks in order; all are run, none raises because of its finding.
+    """
+    inputs = check_inputs_for(model)
+    limit = tolerance(model.hf.dtype)
+    found = compare(model, inputs)
+    plain = _last(model, inputs)
+    spread = float(plain.std()) or 1.0
+    checks = [
+        Check("no hook: logits equal the plain model's bit by bit", bool(torch.equal(model(inputs)[:, -1].float(), plain)),
+              float((model(inputs)[:, -1].float() - plain).abs().max()), 0.0, "logits", "Report it: with nothing attached nothing may change."),
+        Check("every pattern written out: same logits", found["difference"] <= limit, found["difference"], limit, "logit spread",
+              "Do not trust patterns of this model; compare with model.trace (nnsight)."),
+        Check("no attention on masked positions", found["masked"] == 0, found["masked"], 0.0, "probability", "The mask is not the model's: do not trust patterns."),
+        Check("attention rows sum to one", found["rows"] <= 1e-3, found["rows"], 1e-3, "probability", "Scores overflow or a term is missing: use float32."),
+        Check("one attention call per layer", found["calls"] == found["layers"], found["calls"], found["layers"], "calls", "Some layer runs attention twice or not at all."),
+        _implementations(model, inputs, plain, spread, limit),
+        _overflow(model, inputs),
+    ]  # fmt: skip
+    if model.processor is not None:
+        checks += [_padding(model, limit), _picture(model)]
+    return checks
+
+
+def _last(model: HookedVLM, inputs: dict[str, Any]) -> Tensor:
+    return model.hf(**inputs, use_cache=False).logits[:, -1].float()
+
+
+def _implementations(model: HookedVLM, inputs: dict[str, Any], plain: Tensor, spread: float, limit: float) -> Check:
+    """The model's own implementation against the other one (eager, or sdpa)."""
+    configs = list(model.anatomy.configs)
+    before = [c._attn_implementation for c in configs]
+    other = "eager" if before[0] != "eager" else "sdpa"
+    name = f"{before[0]} and {other} attention agree"
+    try:
+        for config in configs:
+            config._attn_implementation_internal = other
+        value = float((_last(model, inputs) - plain).abs().max()) / spread
+    except (ValueError, KeyError, RuntimeError) as error:
+        return Check(name, True, float("nan"), limit, "logit spread", f"Not compared: {str(error).splitlines()[0]}")
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation_internal = implementation
+    return Check(name, value <= limit, value, limit, "logit spread", "Load in float32, or with attn_implementation='eager', and see which one moves.")
+
+
+def _overflow(model: HookedVLM, inputs: dict[str, Any]) -> Check:
+    """Largest value of the residual stream and the scores, as a share of the dtype's maximum."""
+    largest = {"value": 0.0}
+
+    def look(x: Tensor, hook: Any) -> None:
+        largest["value"] = max(largest["value"], float(torch.nan_to_num(x.float().abs(), nan=float("inf")).max()))
+
+    def stream(name: str) -> bool:
+        return name.endswith(("hook_resid_post", "hook_z")) and name.startswith("blocks")
+
+    model.run_with_hooks(inputs, fwd_hooks=[(stream, look)])
+    share = largest["value"] / torch.finfo(model.hf.dtype).max
+    return Check(f"no overflow in {str(model.hf.dtype).removeprefix('torch.')}", share < 0.1, share, 0.1, "share of the dtype's maximum",
+                 "Load in bfloat16 or float32: activations come near the largest number of this dtype.")  # fmt: skip
+
+
+def _padding(model: HookedVLM, limit: float) -> Check:
+    """A prompt alone against the same prompt left-padded in a batch: logits of the last token, and with them the positions."""
+    texts = ("one two", "one two three four five six seven")
+    both = model._to_device(picture_probe(model.processor, texts))
+    alone = model._to_device(picture_probe(model.processor, texts[:1]))
+    one, two = _last(model, alone)[0], _last(model, both)[0]
+    value = float((one - two).abs().max()) / (float(one.std()) or 1.0)
+    return Check("left padding changes nothing (positions follow the mask)", value <= limit, value, limit, "logit spread",
+                 "Use batch_size=1 for this model, and compare.")  # fmt: skip
+
+
+def _picture(model: HookedVLM) -> Check:
+    """Another picture must move the logits."""
+    inputs = model._to_device(picture_probe(model.processor))
+    other = {k: (1 - v if k == "pixel_values" else v) for k, v in inputs.items()}
+    a, b = _last(model, inputs), _last(model, other)
+    value = float((a - b).abs().max()) / (float(a.std()) or 1.0)
+    return Check("another picture moves the logits", value > 1e-4, value, 1e-4, "logit spread",
+                 "The model does not look at the picture: random weights with closed gates, or an input that is not passed on.")  # fmt: skip
+
+

@@ -1,0 +1,142 @@
+"""`mechicl.load`: from a name to a hooked model, with every refusal before the download or the weights."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mechicl.errors import CheckpointError, DeviceError, OptionError, UnsupportedModelError
+from mechicl.models.families import TESTED, family_of
+from mechicl.models.vlm import HookedVLM
+
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def demo_folder() -> Path:
+    """The bundled model's folder.
+
+    Raises:
+        CheckpointError: the installation lacks it.
+    """
+    folder = Path(str(importlib.resources.files("mechicl") / "assets" / "demo_vlm"))
+    if not (folder / "model.safetensors").is_file():
+        raise CheckpointError(f"the bundled model must be at {folder}; it is not. Reinstall mechicl, or train it: mechicl train vlm --out {folder}.")
+    return folder
+
+
+def check_device(device: str) -> torch.device:
+    """The device, if this machine has it.
+
+    Raises:
+        DeviceError: it does not.
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise DeviceError(f'device must be "cpu", "cuda", "cuda:1", "mps", ...; got {device!r}. {error}') from error
+    if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):
+        raise DeviceError(f'device must exist on this machine; got {device!r} with {torch.cuda.device_count()} CUDA devices. Use device="cpu".')
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError(f'device must exist on this machine; got {device!r}. Use device="cpu".')
+    return found
+
+
+def check_dtype(dtype: str | torch.dtype) -> Any:
+    """The dtype that from_pretrained takes.
+
+    Raises:
+        OptionError: an unknown name.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise OptionError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}. float32 is the safest for scores.")
+    return DTYPES[dtype]
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that is not a safetensors checkpoint.
+
+    Raises:
+        CheckpointError: what is missing, or that its weights are pickles.
+    """
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"model folder must contain config.json; {folder} does not. Save it with model.save_pretrained and processor.save_pretrained.")
+    try:
+        json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"config.json in {folder} must be readable JSON; got: {error}. Save the model again.") from error
+    if not list(folder.glob("*.safetensors")):
+        pickles = [f.name for f in folder.glob("*.bin")] + [f.name for f in folder.glob("*.pt")]
+        found = f"only pickled weights ({', '.join(pickles)}), which mechicl never loads" if pickles else "no weights"
+        raise CheckpointError(f"model folder must contain *.safetensors; {folder} has {found}. Save with safe_serialization=True.")
+
+
+def load(
+    name: str | Path,
+    *,
+    device: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    check: bool = True,
+) -> HookedVLM:
+    """Load a vision-language model with its processor.
+
+    Args:
+        name: "demo" (the bundled model), a folder, or a hub id such as "Qwen/Qwen2.5-VL-3B-Instruct".
+        device: "cpu", "cuda", ...; default the CPU, or where `device_map` puts it.
+        dtype: "auto" (as saved), "float32", "bfloat16", "float16".
+        revision: Branch, tag or commit of a hub model.
+        device_map: Passed to transformers, e.g. "auto" for several GPUs or offload.
+        attn_implementation: The model's own attention while nothing is hooked, e.g. "sdpa" or "flash_attention_2".
+        trust_remote_code: Run code from the checkpoint. Off unless you say so.
+        check: The load-time check; see HookedVLM.
+
+    Raises:
+        DeviceError, OptionError, CheckpointError, UnsupportedModelError, ParityError: before any long work where that can be known.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    if device is not None and device_map is not None:
+        raise OptionError(f"device and device_map must not both be given; got {device!r} and {device_map!r}. Choose one.")
+    target = check_device(device) if device is not None else None
+    torch_dtype = check_dtype(dtype)
+    path = demo_folder() if str(name) == "demo" else Path(name).expanduser()
+    if path.is_dir():
+        check_folder(path)
+        source = str(path)
+    elif path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
+        raise CheckpointError(f'model must be "demo", a folder or a hub id; there is no folder {path}. Check the path.')
+    else:
+        source = str(name)
+    common: dict[str, Any] = {"trust_remote_code": trust_remote_code, **({"revision": revision} if revision else {})}
+    try:
+        config = AutoConfig.from_pretrained(source, **common)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f'model must be "demo", a folder or a hub id that can be read; got {source!r}. {str(error).splitlines()[0]} '
+            "Check the name, your connection (HF_HUB_OFFLINE), or download the folder first."
+        ) from error
+    family_of(config)
+    if type(config) not in AutoModelForImageTextToText._model_mapping and not trust_remote_code:
+        raise UnsupportedModelError(
+            f"model must be a vision-language model; {source!r} is {config.model_type!r}, which transformers has no image-text-to-text class for. "
+            f"Choose a family such as {', '.join(TESTED[:6])}, ..."
+        )
+    extra: dict[str, Any] = {k: v for k, v in (("device_map", device_map), ("attn_implementation", attn_implementation)) if v is not None}
+    try:
+        hf = AutoModelForImageTextToText.from_pretrained(source, dtype=torch_dtype, use_safetensors=True, **common, **extra)
+        processor = AutoProcessor.from_pretrained(source, **common)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"model {source!r} must load through transformers; it said: {str(error).splitlines()[0]} Check the files.") from error
+    if target is not None:
+        hf = hf.to(target)
+    label = "demo" if str(name) == "demo" else str(name)
+    return HookedVLM(hf, processor, check=check, name=label, revision=str(revision or getattr(config, "_commit_hash", None) or ""))
