@@ -8,6 +8,7 @@ syllables is therefore n tokens (unless it happens to start like a word), which 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,32 +19,21 @@ VOWELS = "aeiou"
 SYLLABLES: tuple[str, ...] = tuple(c + v for c in CONSONANTS for v in VOWELS)
 """The 70 syllables that are one token each, both with and without a leading space."""
 
-WORDS: tuple[str, ...] = tuple(
-    (
-        "the a an is in it this that what which of to and or not no yes you are we can as at on by for from with was be "
-        "image images picture photo object thing shape item example examples answer question word name label class kind "
-        "called same new one two three four red green blue yellow white black large small left right "
-        "Answer question with single word Based previous examples What is the there here Name picture This shows "
-        "Question Image Label system user assistant model helpful You are"
-    ).split()
-)
+TEXT = """
+the a an is in it this that what which of to and or not no yes you are we can as at on by for from with was be
+image images picture photo object thing shape item example examples answer question word name label class kind
+called same new one two three four red green blue yellow white black large small left right here there shows
+Answer Based Image Label Name Picture Question This What You assistant helpful model previous single system user
+ASSISTANT USER
+"""
+WORDS: tuple[str, ...] = tuple(dict.fromkeys(TEXT.split()))
 """Words of the prompts; each is one token with a leading space, and those that can open a turn also without."""
 
-OPENERS: tuple[str, ...] = (
-    "Answer",
-    "Based",
-    "What",
-    "Name",
-    "This",
-    "Question",
-    "Image",
-    "Label",
-    "You",
-    "system",
-    "user",
-    "assistant",
-    "model",
-)
+OPENING = """
+Answer Based Image Label Name Picture Question This What You
+system user assistant model System User Assistant USER INST SYS
+"""
+OPENERS: tuple[str, ...] = tuple(OPENING.split())
 """Words that are also one token without a leading space."""
 
 SPACE = "Ġ"
@@ -99,8 +89,8 @@ def build_tokenizer(
 def grow_merges(words: Sequence[str] = WORDS, syllables: Sequence[str] = SYLLABLES) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """The byte-pair vocabulary and merges, grown rather than counted.
 
-    First every syllable, alone and after a space; then, word by word, the first two pieces are merged until the word is one token. Earlier merges
-    come first when text is tokenised, so pseudo-words fall apart into syllables and no sampling decides what a token is.
+    First every syllable, alone and after a space; then, word by word, the first two pieces are merged until the word is one token. Earlier
+    merges come first when text is tokenised, so pseudo-words fall apart into syllables and no sampling decides what a token is.
 
     Returns:
         Token -> id, the bytes first, and the merges in order of priority.
@@ -129,7 +119,7 @@ def split_pieces(word: str, ranks: Mapping[tuple[str, str], int]) -> list[str]:
     """The byte-pair pieces of one word: the earliest merge that applies, again and again."""
     pieces = list(word)
     while True:
-        known = [(ranks[pair], i) for i, pair in enumerate(zip(pieces, pieces[1:], strict=False)) if pair in ranks]
+        known = [(ranks[pair], i) for i, pair in enumerate(pairwise(pieces)) if pair in ranks]
         if not known:
             return pieces
         _, i = min(known)

@@ -1,7 +1,8 @@
 """Small vision-language models of transformers' own classes, built from nothing: fixtures and organisms to train.
 
-`build("qwen2_5_vl")` gives a model and its family's real processor without a network: every architectural trait that matters to a hook (grouped
-heads, sliding windows, soft-capping, window attention in the vision tower, DeepStack, cross-attention) at a size that builds in a moment.
+`build("qwen2_5_vl")` gives a model and its family's real processor without a network: the architectural traits that matter to a hook
+(grouped heads, sliding windows, soft-capping, window attention in the vision tower, DeepStack, cross-attention) at a size that builds in
+a moment.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 
 from mechicl.errors import OptionError, OutputPathError
+from mechicl.training.organisms.gemma import gemma3, paligemma
+from mechicl.training.organisms.llava import internvl, llava, llava_next, llava_onevision
+from mechicl.training.organisms.others import idefics3, mistral3, mllama
 from mechicl.training.organisms.parts import Parts, Preset, enliven
 from mechicl.training.organisms.qwen import qwen
 
@@ -24,6 +28,17 @@ RECIPES: dict[str, Callable[[str, Preset, Mapping[str, Any]], Parts]] = {
     "qwen2_vl": qwen,
     "qwen2_5_vl": qwen,
     "qwen3_vl": qwen,
+    "llava": llava,
+    "llava_next": llava_next,
+    "llava_onevision": llava_onevision,
+    "internvl": internvl,
+    "gemma3": gemma3,
+    "paligemma": paligemma,
+    "paligemma2": paligemma,
+    "idefics3": idefics3,
+    "smolvlm": idefics3,
+    "mistral3": mistral3,
+    "mllama": mllama,
 }
 
 FAMILIES: tuple[str, ...] = tuple(RECIPES)
@@ -37,8 +52,9 @@ def build(
 
     Args:
         family: One of `FAMILIES`.
-        preset: "tiny" is a fixture whose random weights make every part matter: attention is far from flat and another picture gives other logits.
-            "demo" is initialised as transformers does and meant to be trained: about a million parameters, untied embeddings, 1 to 16 tokens a picture.
+        preset: "tiny" is a fixture whose random weights make every part matter: attention is far from flat and another picture gives
+            other logits. "demo" is initialised as transformers does (gates and projections that start at zero are filled) and meant to
+            be trained: about a million parameters, untied embeddings, 1 to 16 tokens a picture.
         seed: Seed of the weights; the global random state is left as it was.
         text: Entries of the text configuration to override, e.g. {"num_hidden_layers": 4}.
 
@@ -61,7 +77,7 @@ def build(
 
 
 def save(model: PreTrainedModel, processor: ProcessorMixin, folder: str | os.PathLike[str]) -> Path:
-    """Write an ordinary Hugging Face folder: safetensors, configuration, tokenizer, processor. AutoModelForImageTextToText and AutoProcessor load it.
+    """Write an ordinary Hugging Face folder (safetensors, configuration, tokenizer, processor) that the Auto classes load.
 
     Raises:
         OutputPathError: the folder cannot be made.

@@ -17,7 +17,7 @@ Preset = Literal["tiny", "demo"]
 
 @dataclass(frozen=True)
 class Size:
-    """How large an organism is. Widths in numbers, `patch` and `image` in pixels; `image` is the side of a picture where the family fixes it."""
+    """How large an organism is: counts and widths, and in pixels `patch` and `image`, the side of a picture where the family fixes it."""
 
     n_layers: int
     d_model: int
@@ -38,8 +38,13 @@ class Size:
         """Width of one attention head."""
         return self.d_model // self.n_heads
 
+    @property
+    def rope(self) -> dict[str, Any]:
+        """Plain rotary positions."""
+        return {"rope_type": "default", "rope_theta": self.rope_theta}
+
     def text(self, tokenizer: PreTrainedTokenizerFast, **more: Any) -> dict[str, Any]:
-        """The text configuration that nearly all families share. The vocabulary is rounded up, so it is larger than the tokenizer's, as in real checkpoints."""
+        """The text configuration that the families share. The vocabulary is rounded up beyond the tokenizer's, as in real checkpoints."""
         return {
             "vocab_size": padded(len(tokenizer)),
             "hidden_size": self.d_model,

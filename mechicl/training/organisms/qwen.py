@@ -10,7 +10,7 @@ from mechicl.training.organisms.templates import chatml
 from mechicl.training.tokenizer import build_tokenizer
 
 MARKERS = ("<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
-PICTURE = "{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 MERGE = 2
 
 
