@@ -49,7 +49,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class LayerAnatomy:
-    """One decoder layer. None where it has no such part; then `reasons` says why, by hook name."""
+    """One decoder layer. None where it has no such part; then `reasons` says why, by hook name. `cross`: reads other tokens than the sequence's."""
 
     block: nn.Module
     attention: nn.Module | None = None
@@ -67,6 +67,7 @@ class LayerAnatomy:
     d_head: int = 0
     d_value: int = 0
     additive: bool = False
+    cross: bool = False
     reasons: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -192,7 +193,10 @@ def _projection(recording: _Recording, modules: list[nn.Module], n_heads: int, d
         if layout is None:
             continue
         projection = Projection(module, layout, n_heads, d_head)
-        if value is None or _same(projection.split(out).transpose(1, 2), value):
+        if value is None:
+            return projection
+        given = projection.split(out)
+        if given.numel() == value.numel() and _same(given.reshape(value.transpose(1, 2).shape), value.transpose(1, 2)):
             return projection
     return None
 
@@ -225,7 +229,7 @@ def _inspect_attention(recording: _Recording, attention: nn.Module, call: Attent
     if o_proj is None:
         reasons["attn.hook_z"] = f"{type(attention).__name__} has no output projection that reads [batch, pos, head * d_head]"
     return {
-        **parts, "attention": attention, "n_heads": n_heads, "n_key_value_heads": n_kv, "d_head": d_head, "d_value": d_value, "reasons": reasons,
+        **parts, "attention": attention, "cross": call.key.shape[2] != call.query.shape[2], "n_heads": n_heads, "n_key_value_heads": n_kv, "d_head": d_head, "d_value": d_value, "reasons": reasons,
     }  # fmt: skip
 
 

@@ -37,9 +37,9 @@ def diagnose(model: HookedVLM) -> list[Check]:
     found = compare(model, inputs)
     plain = _last(model, inputs)
     spread = float(plain.std()) or 1.0
+    untouched = model(inputs, positions="all")[:, -1].float()
     checks = [
-        Check("no hook: logits equal the plain model's bit by bit", bool(torch.equal(model(inputs)[:, -1].float(), plain)),
-              float((model(inputs)[:, -1].float() - plain).abs().max()), 0.0, "logits", "Report it: with nothing attached nothing may change."),
+        Check("no hook: logits equal the plain model's bit by bit", bool(torch.equal(untouched, plain)), float((untouched - plain).abs().max()), 0.0, "logits", "Report it: with nothing attached nothing may change."),
         Check("every pattern written out: same logits", found["difference"] <= limit, found["difference"], limit, "logit spread",
               "Do not trust patterns of this model; compare with model.trace (nnsight)."),
         Check("no attention on masked positions", found["masked"] == 0, found["masked"], 0.0, "probability", "The mask is not the model's: do not trust patterns."),

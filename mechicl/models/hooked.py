@@ -98,6 +98,9 @@ class Hooked(HookedRootModule):
     unavailable: Mapping[str, str] = {}
     """Hook names that this model cannot give, with the reason."""
 
+    _must_fire = True
+    """Whether `hooks` insists that every named hook is reached; off while everything there is gets cached."""
+
     def check_hook_name(self, name: str) -> None:
         """Raises HookNameError for a name the model does not have, saying why or what is near."""
         if name in self.hook_dict:
@@ -136,7 +139,7 @@ class Hooked(HookedRootModule):
                 handle.remove()
             counter.remove()
         silent = [name for name in wanted if name not in fired]
-        if runs["n"] and silent:
+        if self._must_fire and runs["n"] and silent:
             raise HookNotFiredError(
                 f"hook {silent[0]!r} must be reached by the forward pass; it never was. The prompt may have no pictures, or the layer was skipped."
             )
@@ -148,28 +151,23 @@ class Hooked(HookedRootModule):
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts) as model:
             return model(*args, **kwargs)
 
-    def run_with_cache(self, *args: Any, names_filter: Any = None, return_cache_object: bool = True, **kwargs: Any) -> Any:
+    def run_with_cache(self, *args: Any, names_filter: Any = None, remove_batch_dim: bool = False, return_cache_object: bool = True, **kwargs: Any) -> Any:
         """One forward pass, and everything (or what `names_filter` says) that passed the hook points, as an ActivationCache.
 
         Raises:
             HookNameError: a name in `names_filter` does not exist.
             HookNotFiredError: a named hook was never reached.
         """
-        names = [names_filter] if isinstance(names_filter, str) else names_filter
-        if names is not None and not callable(names):
-            names = list(names)
-            for name in names:
+        if names_filter is not None and not callable(names_filter):
+            names_filter = [names_filter] if isinstance(names_filter, str) else list(names_filter)
+            for name in names_filter:
                 self.check_hook_name(name)
-        if names is None or callable(names):
-            keep = names
-            filter_ = lambda name: keep is None or keep(name)  # noqa: E731
-            cache, fwd, bwd = self.get_caching_hooks(filter_, kwargs.pop("incl_bwd", False), kwargs.pop("device", None))
-            by_function = [((lambda n: lambda existing: existing == n)(name), hook) for name, hook in fwd]
-            with self.hooks(by_function, bwd):
-                out = self(*args, **kwargs)
-        else:
-            out, cache = super().run_with_cache(*args, names_filter=names, **kwargs)
-        return out, ActivationCache(cache, self) if return_cache_object else cache
+        before, self._must_fire = self._must_fire, isinstance(names_filter, list)
+        try:
+            out, cache = super().run_with_cache(*args, names_filter=names_filter, remove_batch_dim=remove_batch_dim, **kwargs)
+        finally:
+            self._must_fire = before
+        return out, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim) if return_cache_object else cache
 
 
 def _mark(fired: set[str], name: str) -> Callable[..., None]:

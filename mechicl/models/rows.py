@@ -32,7 +32,7 @@ def collect_rows(
         model: The hooked model; its hooks fire as in any forward pass.
         inputs: The processor's mapping, on the model's device.
         dest: Positions that read, [n] or [batch, n]; None for all.
-        layers: Which layers; default all.
+        layers: Which layers; default all that read the sequence itself (cross-attention to pictures only when asked for by number).
         reduce: Called as reduce(layer, positions, rows) with a chunk of rows [batch, head, n, src] in float32; what it returns is kept in
             their place, so that the rows themselves never add up.
 
@@ -45,7 +45,7 @@ def collect_rows(
         UnsupportedModelError: a layer was asked for by number that has no softmax attention.
     """
     parts = model.anatomy.layers
-    wanted = list(range(len(parts))) if layers is None else [int(layer) for layer in layers]
+    wanted = [i for i, part in enumerate(parts) if not part.cross] if layers is None else [int(layer) for layer in layers]
     for layer in wanted:
         if not 0 <= layer < len(parts):
             raise OptionError(f"layers must be in 0..{len(parts) - 1}; got {layer}. Layers count from 0.")

@@ -167,7 +167,7 @@ class HookedVLM(Weights, Hooked):
 
     def _to_device(self, given: Mapping[str, Any]) -> dict[str, Any]:
         device, dtype = self.hf.device, self.hf.dtype
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items()}
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items() if k != "labels"}  # labels would ask for a loss
         return {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in moved.items()}
 
     def forward(self, batch: Batch | Mapping[str, Any] | Tensor, *, positions: Any = "last") -> Tensor:

@@ -1,0 +1,39 @@
+# `make demo`: environment, install, the main job on the bundled model, figures/demo_report.html
+# `make test`: environment if need be, then the tests
+PYTHON ?= python3.11
+VENV ?= .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test slow lint format types bench docs clean
+
+$(STAMP): pyproject.toml constraints.txt
+	command -v $(PYTHON) >/dev/null && $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(VENV)/bin/mechicl report --model demo --task concepts --out figures/demo_report.html
+
+test: $(STAMP)
+	$(PY) -m pytest
+
+slow: $(STAMP)
+	$(PY) -m pytest -m slow
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+format: $(STAMP)
+	$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
+
+types: $(STAMP)
+	$(VENV)/bin/pyright
+
+bench: $(STAMP)
+	$(PY) -m benchmarks.hooks && $(PY) -m benchmarks.rows
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis dist build
