@@ -86,6 +86,15 @@ def build_tokenizer(
     )
 
 
+def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    """The id of one token of the vocabulary.
+
+    Raises:
+        KeyError: there is no such token (`convert_tokens_to_ids` would answer with the unknown token's id).
+    """
+    return tokenizer.get_vocab()[token]
+
+
 def grow_merges(words: Sequence[str] = WORDS, syllables: Sequence[str] = SYLLABLES) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """The byte-pair vocabulary and merges, grown rather than counted.
 

@@ -18,7 +18,7 @@ from mechicl.errors import OptionError, OutputPathError
 from mechicl.training.organisms.gemma import gemma3, paligemma
 from mechicl.training.organisms.llava import internvl, llava, llava_next, llava_onevision
 from mechicl.training.organisms.others import idefics3, mistral3, mllama
-from mechicl.training.organisms.parts import Parts, Preset, enliven
+from mechicl.training.organisms.parts import Parts, Preset, enliven, open_gates
 from mechicl.training.organisms.qwen import qwen
 
 if TYPE_CHECKING:
@@ -71,8 +71,8 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForImageTextToText.from_config(parts.config)
-        if preset == "tiny":
-            enliven(model, torch.Generator().manual_seed(seed))
+        wake = enliven if preset == "tiny" else open_gates
+        wake(model, torch.Generator().manual_seed(seed))
     return model.eval(), parts.processor
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mechicl.training.organisms.llava import tower
+from mechicl.training.organisms.llava import SIDE, tower
 from mechicl.training.organisms.parts import SIZES, Parts, Preset, padded
 from mechicl.training.organisms.templates import gemma
-from mechicl.training.tokenizer import build_tokenizer
+from mechicl.training.tokenizer import build_tokenizer, token_id
 
 WINDOW = 16
 """Sliding window of the tiny organisms, tokens: shorter than their prompts, so that it matters."""
@@ -45,16 +45,16 @@ def gemma3(family: str, preset: Preset, text: Mapping[str, Any]) -> Parts:
         query_pre_attn_scalar=d_head,
         rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 1e5}, "sliding_attention": dict(size.rope)},
         tie_word_embeddings=tiny,
-        eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")],
+        eos_token_id=[tokenizer.eos_token_id, token_id(tokenizer, "<end_of_turn>")],
     )
     n_tokens = 4
     config = hf.Gemma3Config(
         text_config=language | dict(text),
         vision_config=tower(size, "siglip_vision_model", image_size=size.image, vision_use_head=False),
         mm_tokens_per_image=n_tokens,
-        boi_token_index=tokenizer.convert_tokens_to_ids("<start_of_image>"),
-        eoi_token_index=tokenizer.convert_tokens_to_ids("<end_of_image>"),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image_soft_token>"),
+        boi_token_index=token_id(tokenizer, "<start_of_image>"),
+        eoi_token_index=token_id(tokenizer, "<end_of_image>"),
+        image_token_index=token_id(tokenizer, "<image_soft_token>"),
         tie_word_embeddings=tiny,
     )
     pictures = hf.Gemma3ImageProcessor(size={"height": size.image, "width": size.image})
@@ -74,9 +74,8 @@ def paligemma(family: str, preset: Preset, text: Mapping[str, Any]) -> Parts:
     tokenizer = build_tokenizer(
         bos="<bos>", eos="<eos>", pad="<pad>", unk="<unk>", named={"image_token": "<image>"}, max_length=size.context
     )
-    pictures = hf.SiglipImageProcessor(size={"height": 28, "width": 28})
-    pictures.image_seq_length = (28 // size.patch) ** 2
-    processor = hf.PaliGemmaProcessor(image_processor=pictures, tokenizer=tokenizer)
+    settings: dict[str, Any] = {"size": {"height": SIDE, "width": SIDE}, "image_seq_length": (SIDE // size.patch) ** 2}
+    processor = hf.PaliGemmaProcessor(image_processor=hf.SiglipImageProcessor(**settings), tokenizer=tokenizer)
     tiny, second = preset == "tiny", family == "paligemma2"
     d_head = 24 if tiny else size.d_head
     language = size.text(tokenizer, head_dim=d_head, rope_parameters=size.rope, tie_word_embeddings=tiny)
@@ -87,8 +86,8 @@ def paligemma(family: str, preset: Preset, text: Mapping[str, Any]) -> Parts:
         language |= {"model_type": "gemma", "num_key_value_heads": 1}
     config = hf.PaliGemmaConfig(
         text_config=language | dict(text),
-        vision_config=tower(size, "siglip_vision_model", image_size=28, vision_use_head=False),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_config=tower(size, "siglip_vision_model", image_size=SIDE, vision_use_head=False),
+        image_token_index=token_id(tokenizer, "<image>"),
         vocab_size=padded(len(tokenizer)),
         projection_dim=size.d_model,
         hidden_size=size.d_model,

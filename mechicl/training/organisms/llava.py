@@ -7,7 +7,7 @@ from typing import Any
 
 from mechicl.training.organisms.parts import SIZES, Parts, Preset, Size
 from mechicl.training.organisms.templates import chatml, instruct, onevision, vicuna
-from mechicl.training.tokenizer import build_tokenizer
+from mechicl.training.tokenizer import build_tokenizer, token_id
 
 SIDE = 28
 """A LLaVA picture (or tile) in pixels: 2 x 2 patches."""
@@ -37,7 +37,7 @@ def llava(family: str, preset: Preset, text: Mapping[str, Any]) -> Parts:
     config = hf.LlavaConfig(
         vision_config=tower(size, "clip_vision_model", image_size=SIDE, projection_dim=16, num_hidden_layers=size.vision_layers + 1),
         text_config={"model_type": "llama", "rope_parameters": size.rope} | size.text(tokenizer) | dict(text),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=token_id(tokenizer, "<image>"),
         image_seq_length=4,
     )
     pictures = hf.LlavaImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
@@ -68,7 +68,7 @@ def llava_next(family: str, preset: Preset, text: Mapping[str, Any]) -> Parts:
     config = hf.LlavaNextConfig(
         vision_config=tower(size, "clip_vision_model", image_size=SIDE, projection_dim=16, num_hidden_layers=size.vision_layers + 1),
         text_config=mistral | size.text(tokenizer) | dict(text),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=token_id(tokenizer, "<image>"),
         image_grid_pinpoints=grids,
         image_seq_length=4,
     )
@@ -102,8 +102,8 @@ def llava_onevision(family: str, preset: Preset, text: Mapping[str, Any]) -> Par
     config = hf.LlavaOnevisionConfig(
         vision_config=tower(size, "siglip_vision_model", image_size=SIDE, vision_use_head=False),
         text_config={"model_type": "qwen2", "rope_parameters": size.rope} | size.text(tokenizer) | dict(text),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_token_index=token_id(tokenizer, "<image>"),
+        video_token_index=token_id(tokenizer, "<video>"),
         image_grid_pinpoints=grids,
     )
     square = {"height": SIDE, "width": SIDE}
@@ -140,7 +140,7 @@ def internvl(family: str, preset: Preset, text: Mapping[str, Any]) -> Parts:
     config = hf.InternVLConfig(
         vision_config=vision,
         text_config={"model_type": "qwen2", "rope_parameters": size.rope} | size.text(tokenizer) | dict(text),
-        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_token_id=token_id(tokenizer, "<IMG_CONTEXT>"),
         image_seq_length=n_tokens,
         tie_word_embeddings=False,
     )

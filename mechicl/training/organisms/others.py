@@ -8,7 +8,7 @@ from typing import Any
 from mechicl.training.organisms.llava import tower
 from mechicl.training.organisms.parts import SIZES, Parts, Preset
 from mechicl.training.organisms.templates import idefics, instruct, llama
-from mechicl.training.tokenizer import build_tokenizer
+from mechicl.training.tokenizer import build_tokenizer, token_id
 
 CELLS = tuple(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
 """Tokens that name a tile of a split picture."""
@@ -39,12 +39,12 @@ def idefics3(family: str, preset: Preset, text: Mapping[str, Any]) -> Parts:
     )
     n_tokens = (size.image // size.patch) ** 2 // 4
     vision = tower(size, "smolvlm_vision" if smol else "idefics3_vision", image_size=size.image)
-    end = tokenizer.convert_tokens_to_ids("<end_of_utterance>")
+    end = token_id(tokenizer, "<end_of_utterance>")
     language = {"model_type": "llama", "rope_parameters": size.rope} | size.text(tokenizer, eos_token_id=end) | dict(text)
     common: dict[str, Any] = {
         "vision_config": vision,
         "text_config": language,
-        "image_token_id": tokenizer.convert_tokens_to_ids("<image>"),
+        "image_token_id": token_id(tokenizer, "<image>"),
         "scale_factor": 2,
         "tie_word_embeddings": False,
     }
@@ -94,7 +94,7 @@ def mistral3(family: str, preset: Preset, text: Mapping[str, Any]) -> Parts:
     config = hf.Mistral3Config(
         vision_config=tower(size, "pixtral", image_size=longest),
         text_config=mistral | size.text(tokenizer) | dict(text),
-        image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
+        image_token_index=token_id(tokenizer, "[IMG]"),
         spatial_merge_size=2,
         tie_word_embeddings=False,
     )
@@ -125,9 +125,9 @@ def mllama(family: str, preset: Preset, text: Mapping[str, Any]) -> Parts:
         extra=(*turns, "<|image|>"),
         max_length=size.context,
     )
-    marker = tokenizer.convert_tokens_to_ids("<|image|>")
+    marker = token_id(tokenizer, "<|image|>")
     language = size.text(tokenizer, num_hidden_layers=4, cross_attention_layers=[1, 3], rope_parameters=size.rope, vocab_size=marker)
-    language["eos_token_id"] = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|eot_id|>")]
+    language["eos_token_id"] = [tokenizer.eos_token_id, token_id(tokenizer, "<|eot_id|>")]
     vision = {
         "hidden_size": size.vision_width,
         "intermediate_size": size.vision_mlp,

@@ -101,6 +101,16 @@ def enliven(model: nn.Module, generator: torch.Generator, *, gain: float = 1.5) 
         parameter.copy_(alive(name, parameter, owners[name], generator, gain))
 
 
+@torch.no_grad()
+def open_gates(model: nn.Module, generator: torch.Generator) -> None:
+    """Fill only what starts at zero and would hide the pictures: scalar gates (Mllama) and all-zero matrices (Gemma 3's projection)."""
+    for name, parameter in model.named_parameters():
+        if "gate" in name and parameter.numel() == 1:
+            parameter.fill_(0.5)
+        elif parameter.ndim >= 2 and not parameter.any():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter.numel() / parameter.shape[0]))
+
+
 def alive(name: str, parameter: Tensor, owner: nn.Module, generator: torch.Generator, gain: float) -> Tensor:
     """New values for one parameter: see `enliven`."""
     noise = torch.randn(parameter.shape, generator=generator)

@@ -7,7 +7,7 @@ from typing import Any
 
 from mechicl.training.organisms.parts import SIZES, Parts, Preset, Size
 from mechicl.training.organisms.templates import chatml
-from mechicl.training.tokenizer import build_tokenizer
+from mechicl.training.tokenizer import build_tokenizer, token_id
 
 MARKERS = ("<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -48,7 +48,7 @@ def qwen(family: str, preset: Preset, text: Mapping[str, Any]) -> Parts:
     if third:
         language["head_dim"] = size.d_head
     ids = {
-        name: tokenizer.convert_tokens_to_ids(token)
+        name: token_id(tokenizer, token)
         for name, token in (
             ("image_token_id", "<|image_pad|>"),
             ("video_token_id", "<|video_pad|>"),
