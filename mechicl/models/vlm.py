@@ -6,7 +6,8 @@ import importlib.metadata
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from inspect import signature
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,9 @@ from mechicl.models.weights import AttentionWeights, Weights
 from mechicl.models.wiring import ATTENTION_ONLY, Norm, Wiring
 from mechicl.prompts.batch import Batch
 from mechicl.prompts.episode import Episode
-from mechicl.prompts.render import Renderer
+
+if TYPE_CHECKING:
+    from mechicl.prompts.render import Renderer
 
 
 class Block(nn.Module):
@@ -147,6 +150,8 @@ class HookedVLM(Weights, Hooked):
         Raises:
             OptionError: the model was wrapped without a processor.
         """
+        from mechicl.prompts.render import Renderer
+
         if self.processor is None:
             raise OptionError("processor must be given to render episodes; got None. Wrap the model as HookedVLM(model, processor).")
         return Renderer(self.processor, self.hf.config, context=self.cfg.n_ctx)
@@ -246,7 +251,8 @@ class HookedVLM(Weights, Hooked):
     @torch.no_grad()
     def generate(self, batch: Batch | Mapping[str, Any], *, max_new_tokens: int = 16, **kwargs: Any) -> Tensor:
         """Greedy continuation [batch, new tokens], hooks included: each fires once per step."""
-        inputs = self.inputs(batch)
+        known = {*signature(self.hf.forward).parameters, *signature(self.hf.prepare_inputs_for_generation).parameters}
+        inputs = {k: v for k, v in self.inputs(batch).items() if k in known}  # generate refuses what forward takes as **kwargs
         with self._wired(inputs):
             out = self.hf.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **kwargs)
         return out[:, inputs["input_ids"].shape[1] :]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mechicl.prompts.episode import Episode
 
 
+@runtime_checkable
 class Renders(Protocol):
     """Anything that turns episodes into a batch."""
 
