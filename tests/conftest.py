@@ -76,12 +76,12 @@ def encode(processor: Any, texts: Sequence[str], images: Sequence[Sequence[Image
     return dict(batch)
 
 
-def example_inputs(processor: Any, family: str, *, images: int = 2, seed: int = 0) -> dict[str, Any]:
+def example_inputs(processor: Any, *, images: int = 2, seed: int = 0) -> dict[str, Any]:
     """One prompt with `images` pictures of different sizes: the processor's mapping, whole, with its attention mask."""
     return encode(processor, [prompt(processor, images)], [pictures(images, seed=seed)])
 
 
-def example_batch(processor: Any, family: str, *, images: Sequence[int] = (2, 1), seed: int = 0) -> dict[str, Any]:
+def example_batch(processor: Any, *, images: Sequence[int] = (2, 1), seed: int = 0) -> dict[str, Any]:
     """Several prompts, left-padded to one length; prompt k has images[k] pictures (`seed` + k decides which)."""
     drawn = [pictures(n, seed=seed + k) for k, n in enumerate(images)]
     return encode(processor, [prompt(processor, n) for n in images], drawn)
