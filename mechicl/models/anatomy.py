@@ -106,7 +106,11 @@ def decoder_layers(hf: nn.Module) -> nn.ModuleList:
     decoder = hf.get_decoder() if hasattr(hf, "get_decoder") else None  # type: ignore[operator]
     for name, module in decoder.named_modules() if isinstance(decoder, nn.Module) else ():
         parts = name.lower().split(".")
-        if isinstance(module, nn.ModuleList) and parts[-1] in LAYER_LISTS and not any(word in part for part in parts for word in NOT_DECODER):
+        if (
+            isinstance(module, nn.ModuleList)
+            and parts[-1] in LAYER_LISTS
+            and not any(word in part for part in parts for word in NOT_DECODER)
+        ):
             return module
     raise UnsupportedModelError(
         f"model must have a decoder with a list of layers; {type(hf).__name__} shows none. Pass a Hugging Face image-text-to-text model."
@@ -119,9 +123,11 @@ def vision_layers(hf: nn.Module, decoder: nn.ModuleList) -> tuple[nn.Module, ...
     found: list[nn.Module] = []
     for name, module in hf.named_modules():
         parts = name.lower().split(".")
-        if isinstance(module, nn.ModuleList) and parts[-1] in LAYER_LISTS and id(module) not in inside:
-            if not any(word in part for part in parts for word in NOT_VISION) and not any(id(module[0]) in {id(x) for x in f.modules()} for f in found):
-                found.extend(module)
+        known = {id(x) for layer in found for x in layer.modules()} | inside
+        if not isinstance(module, nn.ModuleList) or parts[-1] not in LAYER_LISTS or id(module) in known or len(module) == 0:
+            continue
+        if id(module[0]) not in known and not any(word in part for part in parts for word in NOT_VISION):
+            found.extend(module)
     return tuple(found)
 
 
@@ -177,7 +183,9 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return bool((a - b).abs().max() <= tolerance)
 
 
-def _projection(recording: _Recording, modules: list[nn.Module], n_heads: int, d_head: int, value: Tensor | None = None) -> Projection | None:
+def _projection(
+    recording: _Recording, modules: list[nn.Module], n_heads: int, d_head: int, value: Tensor | None = None
+) -> Projection | None:
     """The last of `modules` whose output carries [batch, pos, head, d_head]; it must equal `value` [batch, head, pos, d_head] if given."""
     for module in reversed(modules):
         out = recording.outputs.get(id(module))
@@ -225,7 +233,9 @@ def _inspect_attention(recording: _Recording, attention: nn.Module, call: Attent
     }
     for letter in "qkv":
         if parts[letter] is None:
-            reasons[f"attn.hook_{letter}"] = f"{type(attention).__name__} has no module whose output is the {letter} of every head before RoPE"
+            reasons[f"attn.hook_{letter}"] = (
+                f"{type(attention).__name__} has no module whose output is the {letter} of every head before RoPE"
+            )
     if o_proj is None:
         reasons["attn.hook_z"] = f"{type(attention).__name__} has no output projection that reads [batch, pos, head * d_head]"
     return {
@@ -282,7 +292,11 @@ def inspect(hf: Any, run: Callable[[], Any]) -> tuple[Anatomy, _Recording]:
         UnsupportedModelError: no decoder layers, or no layer calls the registered attention function.
     """
     layers = decoder_layers(hf)
-    configs = list({id(c): c for c in (hf.config, hf.get_decoder().config, *(getattr(m, "config", None) for m in layers.modules())) if c is not None}.values())
+    configs = list(
+        {
+            id(c): c for c in (hf.config, hf.get_decoder().config, *(getattr(m, "config", None) for m in layers.modules())) if c is not None
+        }.values()
+    )
     configs = [c for c in configs if hasattr(c, "_attn_implementation")]
     recording = _record(hf, layers, run, configs)
     if not recording.calls:
@@ -292,7 +306,9 @@ def inspect(hf: Any, run: Callable[[], Any]) -> tuple[Anatomy, _Recording]:
     inspected = tuple(_inspect_layer(recording, block) for block in layers)
     unembed = hf.get_output_embeddings()
     head_in = recording.inputs.get(id(unembed))
-    final = next((m for m in reversed(recording.order) if "norm" in type(m).__name__.lower() and _same(recording.outputs.get(id(m)), head_in)), None)
+    final = next(
+        (m for m in reversed(recording.order) if "norm" in type(m).__name__.lower() and _same(recording.outputs.get(id(m)), head_in)), None
+    )
     anatomy = Anatomy(
         layers=inspected, vision_layers=vision_layers(hf, layers), embed=hf.get_input_embeddings(), final_norm=final, unembed=unembed,
         configs=tuple(configs), d_model=int(hf.get_output_embeddings().weight.shape[1]),

@@ -69,8 +69,14 @@ def check_parity(model: HookedVLM) -> None:
     name = model.cfg.model_type
     advice = "Pass check=False to use the model all the same, compare with model.trace (nnsight), and report the family."
     if not found["difference"] <= limit:  # NaN fails too
-        raise ParityError(f"hooked logits of {name} must equal the plain ones within {limit} of their spread; differ by {found['difference']:.2g}. {advice}")
+        raise ParityError(
+            f"hooked logits of {name} must equal the plain ones within {limit} of their spread; differ by {found['difference']:.2g}. {advice}"
+        )
     if found["masked"] > 0 or found["rows"] > 1e-3:
-        raise ParityError(f"attention of {name} must lie on readable positions and sum to one; off by {found['masked']:.2g} and {found['rows']:.2g}. {advice}")
+        raise ParityError(
+            f"attention of {name} must lie on readable positions and sum to one; off by {found['masked']:.2g} and {found['rows']:.2g}. {advice}"
+        )
     if found["calls"] != found["layers"]:
-        raise ParityError(f"{name} must call attention once per layer; {found['calls']:.0f} calls for {found['layers']:.0f} layers. {advice}")
+        raise ParityError(
+            f"{name} must call attention once per layer; {found['calls']:.0f} calls for {found['layers']:.0f} layers. {advice}"
+        )

@@ -72,7 +72,9 @@ def _implementations(model: HookedVLM, inputs: dict[str, Any], plain: Tensor, sp
     finally:
         for config, implementation in zip(configs, before, strict=True):
             config._attn_implementation_internal = implementation
-    return Check(name, value <= limit, value, limit, "logit spread", "Load in float32, or with attn_implementation='eager', and see which one moves.")
+    return Check(
+        name, value <= limit, value, limit, "logit spread", "Load in float32, or with attn_implementation='eager', and see which one moves."
+    )
 
 
 def _overflow(model: HookedVLM, inputs: dict[str, Any]) -> Check:
@@ -110,5 +112,3 @@ def _picture(model: HookedVLM) -> Check:
     value = float((a - b).abs().max()) / (float(a.std()) or 1.0)
     return Check("another picture moves the logits", value > 1e-4, value, 1e-4, "logit spread",
                  "The model does not look at the picture: random weights with closed gates, or an input that is not passed on.")  # fmt: skip
-
-

@@ -55,7 +55,10 @@ FAMILIES: Mapping[str, Family] = {
     "mistral3": Family(required=("image_sizes",)),
     "mllama": Family(required=("cross_attention_mask", "aspect_ratio_ids", "aspect_ratio_mask"), image_tokens=False),
     "git": Family(refused="its attention is written inline, so that no function can be registered for it"),
-    **{name: Family(refused=_OUT_OF_SCOPE) for name in ("florence2", "pix2struct", "pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder")},
+    **{
+        name: Family(refused=_OUT_OF_SCOPE)
+        for name in ("florence2", "pix2struct", "pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder")
+    },
     **{name: Family(refused=_CROSS_ONLY) for name in ("blip", "idefics", "evolla")},
     "diffusion_gemma": Family(refused="it is a diffusion model, not an autoregressive decoder"),
     "pi0": Family(refused="it is a robot policy, not a language model"),

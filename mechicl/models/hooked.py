@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from mechicl.errors import HeadIndexError, HookNameError, HookNotFiredError, Uns
 from mechicl.prompts.batch import Batch
 from mechicl.prompts.episode import Episode
 
-__all__ = ["ActivationCache", "Hooked", "HookPoint", "HookedConfig", "HookedModel", "HookedRootModule", "RowReducer", "check_heads"]
+__all__ = ["ActivationCache", "HookPoint", "Hooked", "HookedConfig", "HookedModel", "HookedRootModule", "RowReducer", "check_heads"]
 
 RowReducer = Callable[[int, Tensor, Tensor], Any]
 """(layer, dest positions [n] or [batch, n], attention [batch, head, n, src]) -> whatever is to be kept."""
@@ -78,7 +78,7 @@ class ActivationCache(TransformerLensCache):
         reason = getattr(self.model, "not_additive", "")
         if reason:
             raise UnsupportedModelError(
-                f"per-head attribution must not be used on {self.model.cfg.model_type}; {reason}. Patterns, residual streams and ablations are exact: use those."
+                f"per-head attribution must not be used on {getattr(self.model.cfg, 'model_type', 'this model')}; {reason}. Patterns, residual streams and ablations are exact: use those."
             )
 
     def compute_head_results(self) -> None:
@@ -97,6 +97,8 @@ class Hooked(HookedRootModule):
 
     unavailable: Mapping[str, str] = {}
     """Hook names that this model cannot give, with the reason."""
+
+    cfg: Any
 
     _must_fire = True
     """Whether `hooks` insists that every named hook is reached; off while everything there is gets cached."""
@@ -145,26 +147,35 @@ class Hooked(HookedRootModule):
             )
 
     def run_with_hooks(
-        self, *args: Any, fwd_hooks: Any = (), bwd_hooks: Any = (), reset_hooks_end: bool = True, clear_contexts: bool = False, **kwargs: Any
+        self,
+        *args: Any,
+        fwd_hooks: Any = (),
+        bwd_hooks: Any = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """One forward pass with temporary hooks; see `hooks`."""
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts) as model:
             return model(*args, **kwargs)
 
-    def run_with_cache(self, *args: Any, names_filter: Any = None, remove_batch_dim: bool = False, return_cache_object: bool = True, **kwargs: Any) -> Any:
+    def run_with_cache(
+        self, *args: Any, names_filter: Any = None, remove_batch_dim: bool = False, return_cache_object: bool = True, **kwargs: Any
+    ) -> Any:
         """One forward pass, and everything (or what `names_filter` says) that passed the hook points, as an ActivationCache.
 
         Raises:
             HookNameError: a name in `names_filter` does not exist.
             HookNotFiredError: a named hook was never reached.
         """
-        if names_filter is not None and not callable(names_filter):
-            names_filter = [names_filter] if isinstance(names_filter, str) else list(names_filter)
-            for name in names_filter:
+        wanted: Any = names_filter
+        if wanted is not None and not callable(wanted):
+            wanted = [wanted] if isinstance(wanted, str) else list(wanted)
+            for name in wanted:
                 self.check_hook_name(name)
-        before, self._must_fire = self._must_fire, isinstance(names_filter, list)
+        before, self._must_fire = self._must_fire, isinstance(wanted, list)
         try:
-            out, cache = super().run_with_cache(*args, names_filter=names_filter, remove_batch_dim=remove_batch_dim, **kwargs)
+            out, cache = super().run_with_cache(*args, names_filter=cast(Any, wanted), remove_batch_dim=remove_batch_dim, **kwargs)
         finally:
             self._must_fire = before
         return out, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim) if return_cache_object else cache

@@ -24,7 +24,9 @@ def demo_folder() -> Path:
     """
     folder = Path(str(importlib.resources.files("mechicl") / "assets" / "demo_vlm"))
     if not (folder / "model.safetensors").is_file():
-        raise CheckpointError(f"the bundled model must be at {folder}; it is not. Reinstall mechicl, or train it: mechicl train vlm --out {folder}.")
+        raise CheckpointError(
+            f"the bundled model must be at {folder}; it is not. Reinstall mechicl, or train it: mechicl train vlm --out {folder}."
+        )
     return folder
 
 
@@ -39,7 +41,9 @@ def check_device(device: str) -> torch.device:
     except RuntimeError as error:
         raise DeviceError(f'device must be "cpu", "cuda", "cuda:1", "mps", ...; got {device!r}. {error}') from error
     if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):
-        raise DeviceError(f'device must exist on this machine; got {device!r} with {torch.cuda.device_count()} CUDA devices. Use device="cpu".')
+        raise DeviceError(
+            f'device must exist on this machine; got {device!r} with {torch.cuda.device_count()} CUDA devices. Use device="cpu".'
+        )
     if found.type == "mps" and not torch.backends.mps.is_available():
         raise DeviceError(f'device must exist on this machine; got {device!r}. Use device="cpu".')
     return found
@@ -65,7 +69,9 @@ def check_folder(folder: Path) -> None:
         CheckpointError: what is missing, or that its weights are pickles.
     """
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"model folder must contain config.json; {folder} does not. Save it with model.save_pretrained and processor.save_pretrained.")
+        raise CheckpointError(
+            f"model folder must contain config.json; {folder} does not. Save it with model.save_pretrained and processor.save_pretrained."
+        )
     try:
         json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
@@ -132,10 +138,12 @@ def load(
         )
     extra: dict[str, Any] = {k: v for k, v in (("device_map", device_map), ("attn_implementation", attn_implementation)) if v is not None}
     try:
-        hf = AutoModelForImageTextToText.from_pretrained(source, dtype=torch_dtype, use_safetensors=True, **common, **extra)
+        hf: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=torch_dtype, use_safetensors=True, **common, **extra)
         processor = AutoProcessor.from_pretrained(source, **common)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"model {source!r} must load through transformers; it said: {str(error).splitlines()[0]} Check the files.") from error
+        raise CheckpointError(
+            f"model {source!r} must load through transformers; it said: {str(error).splitlines()[0]} Check the files."
+        ) from error
     if target is not None:
         hf = hf.to(target)
     label = "demo" if str(name) == "demo" else str(name)

@@ -20,7 +20,10 @@ def text_probe(hf: Any, *, n: int = N_TOKENS, batch: int = 1, seed: int = 0) -> 
     vocab = hf.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocab, (batch, 4 * n), generator=generator)
-    special = {image_token_id(hf.config), *(v for k, v in hf.config.to_dict().items() if k.endswith(("token_id", "token_index")) and isinstance(v, int))}
+    special = {
+        image_token_id(hf.config),
+        *(v for k, v in hf.config.to_dict().items() if k.endswith(("token_id", "token_index")) and isinstance(v, int)),
+    }
     text = hf.config.get_text_config().to_dict()
     special |= {v for k, v in text.items() if k.endswith(("token_id", "token_index")) and isinstance(v, int)}
     keep = torch.stack([torch.tensor([t for t in row.tolist() if t not in special][:n]) for row in ids])
@@ -34,7 +37,9 @@ def picture(size: tuple[int, int] = (64, 48), seed: int = 0) -> Image.Image:
     return Image.fromarray(pixels.numpy())
 
 
-def picture_probe(processor: Any, texts: Sequence[str] = ("one two",), *, size: tuple[int, int] = (64, 48), padding_side: str = "left") -> dict[str, Any]:
+def picture_probe(
+    processor: Any, texts: Sequence[str] = ("one two",), *, size: tuple[int, int] = (64, 48), padding_side: str = "left"
+) -> dict[str, Any]:
     """One picture and a text per row, through the processor's own template where it has one.
 
     Raises:

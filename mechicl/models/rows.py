@@ -21,10 +21,14 @@ if TYPE_CHECKING:
     from mechicl.models.vlm import HookedVLM
 
 
-
 @torch.no_grad()
 def collect_rows(
-    model: HookedVLM, inputs: Mapping[str, Any], dest: Tensor | None, *, layers: Sequence[int] | None = None, reduce: RowReducer | None = None
+    model: HookedVLM,
+    inputs: Mapping[str, Any],
+    dest: Tensor | None,
+    *,
+    layers: Sequence[int] | None = None,
+    reduce: RowReducer | None = None,
 ) -> list[Any]:
     """Attention rows of every layer.
 
@@ -50,7 +54,9 @@ def collect_rows(
         if not 0 <= layer < len(parts):
             raise OptionError(f"layers must be in 0..{len(parts) - 1}; got {layer}. Layers count from 0.")
         if layers is not None and parts[layer].attention is None:
-            raise UnsupportedModelError(f"layer {layer} must have softmax attention; {parts[layer].reasons['attn.hook_pattern']}. Leave it out.")
+            raise UnsupportedModelError(
+                f"layer {layer} must have softmax attention; {parts[layer].reasons['attn.hook_pattern']}. Leave it out."
+            )
     if dest is None:
         dest = torch.arange(inputs["input_ids"].shape[1], device=inputs["input_ids"].device)
     found: list[Any] = [None] * len(parts)

@@ -103,7 +103,13 @@ class HookedVLM(Weights, Hooked):
             for name in ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out"):
                 self._add(block, name, part.reasons, f"blocks.{layer}.{name}", unavailable)
             for name in ("q", "k", "v", "z", *ATTENTION_ONLY):
-                self._add(attn, f"hook_{name}", {k.removeprefix("attn."): v for k, v in part.reasons.items()}, f"blocks.{layer}.attn.hook_{name}", unavailable)
+                self._add(
+                    attn,
+                    f"hook_{name}",
+                    {k.removeprefix("attn."): v for k, v in part.reasons.items()},
+                    f"blocks.{layer}.attn.hook_{name}",
+                    unavailable,
+                )
             block.attn = attn
             for name, norm in (("ln1", part.ln1), ("ln2", part.ln2)):
                 if norm is not None:
@@ -160,13 +166,18 @@ class HookedVLM(Weights, Hooked):
         """Episodes as a left-padded Batch with exact spans."""
         return self.renderer.render(episodes)
 
-    def inputs(self, batch: Batch | Mapping[str, Any] | Tensor) -> dict[str, Any]:
+    def inputs(self, batch: Any) -> dict[str, Any]:
         """What goes into the Hugging Face model: on its device, in its dtype, checked to be whole."""
         if isinstance(batch, Tensor):
-            batch = {"input_ids": batch if batch.dim() == 2 else batch[None], "attention_mask": torch.ones_like(batch if batch.dim() == 2 else batch[None])}
+            batch = {
+                "input_ids": batch if batch.dim() == 2 else batch[None],
+                "attention_mask": torch.ones_like(batch if batch.dim() == 2 else batch[None]),
+            }
         given = batch.inputs if isinstance(batch, Batch) else batch
         if not isinstance(given, Mapping) and not hasattr(given, "keys"):
-            raise MissingInputError(f"batch must be a Batch, a processor's mapping or token ids; got {type(given).__name__}. Render episodes first.")
+            raise MissingInputError(
+                f"batch must be a Batch, a processor's mapping or token ids; got {type(given).__name__}. Render episodes first."
+            )
         check_inputs(self.hf.config, given)
         return self._to_device(given)
 
@@ -209,7 +220,9 @@ class HookedVLM(Weights, Hooked):
             if positions == "all":
                 return None
             if positions != "last":
-                raise OptionError(f'positions must be "last", "all" or a tensor of positions; got {positions!r}. Ask for the ones you read.')
+                raise OptionError(
+                    f'positions must be "last", "all" or a tensor of positions; got {positions!r}. Ask for the ones you read.'
+                )
             if isinstance(batch, Batch):
                 return batch.query_pos.to(self.hf.device)[:, None]
             mask = inputs.get("attention_mask")

@@ -17,7 +17,9 @@ from mechicl.models.anatomy import LayerAnatomy, Projection
 def _linear(part: LayerAnatomy, letter: str) -> tuple[nn.Linear, int, int]:
     projection: Projection | None = getattr(part, letter)
     if projection is None or part.attention is None:
-        raise UnsupportedModelError(f"W_{letter.upper()} must exist; {part.reasons.get(f'attn.hook_{letter}', 'this layer has no softmax attention')}.")
+        raise UnsupportedModelError(
+            f"W_{letter.upper()} must exist; {part.reasons.get(f'attn.hook_{letter}', 'this layer has no softmax attention')}."
+        )
     module = projection.module
     if not isinstance(module, nn.Linear):  # hook_q and hook_k sit behind a norm of the heads; the weight is the projection's
         named = [m for n, m in part.attention.named_modules() if isinstance(m, nn.Linear) and n.split(".")[-1] == f"{letter}_proj"]
@@ -118,7 +120,9 @@ class Weights:
         """
         ids = self._tokenizer()(text, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
-            raise OptionError(f"text must be a single token; {text!r} takes {len(ids)}. Choose another word, or score the whole label with icl_accuracy.")
+            raise OptionError(
+                f"text must be a single token; {text!r} takes {len(ids)}. Choose another word, or score the whole label with icl_accuracy."
+            )
         return int(ids[0])
 
     def _tokenizer(self) -> Any:

@@ -42,12 +42,12 @@ class Norm(nn.Module):
     def __init__(self, norm: nn.Module, eps: float) -> None:
         super().__init__()
         self.hook_scale, self.hook_normalized = HookPoint(), HookPoint()
-        object.__setattr__(self, "norm", norm)  # not a child: it already is one of the Hugging Face model
+        self._norm = (norm,)  # in a tuple, so that it does not become a child: it already is one of the Hugging Face model
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         """The model's own norm."""
-        return self.norm(x)
+        return self._norm[0](x)
 
     def scale(self, x: Tensor) -> Tensor:
         """Root mean square [..., 1]."""
@@ -56,14 +56,9 @@ class Norm(nn.Module):
     @property
     def w(self) -> Tensor:
         """The weight that multiplies the normalised stream [d_model], whatever the family calls it (Gemma keeps it as 1 + w)."""
-        ones = torch.ones(self.d_model, dtype=next(self.norm.parameters()).dtype, device=next(self.norm.parameters()).device)
+        weight = next(self._norm[0].parameters())
         with torch.no_grad():
-            return self.norm(ones).float() * (1 + self.eps) ** 0.5
-
-    @property
-    def d_model(self) -> int:
-        """Width of the stream."""
-        return next(self.norm.parameters()).shape[-1]
+            return self._norm[0](torch.ones_like(weight)).float() * (1 + self.eps) ** 0.5
 
 
 class Wiring:
@@ -145,7 +140,11 @@ class Wiring:
             left = fn(entered)
             if left is entered:
                 return None
-            return (args, {**kwargs, "hidden_states": left}) if isinstance(kwargs.get("hidden_states"), Tensor) else ((left, *args[1:]), kwargs)
+            return (
+                (args, {**kwargs, "hidden_states": left})
+                if isinstance(kwargs.get("hidden_states"), Tensor)
+                else ((left, *args[1:]), kwargs)
+            )
 
         self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
@@ -172,12 +171,16 @@ class Wiring:
             value = module.scale(x)
             for point, tensor in ((scale, value), (normalized, x.float() / value)):
                 if point is not None and point(tensor) is not tensor:
-                    raise UnsupportedModelError(f"{point.name} must only be read; a hook returned a value. Edit the residual stream or the sublayer's output instead.")
+                    raise UnsupportedModelError(
+                        f"{point.name} must only be read; a hook returned a value. Edit the residual stream or the sublayer's output instead."
+                    )
             return x
 
         self._before(norm, read)
 
-    def _stream_in(self, layer: int, features: HookPoint | None, embed: HookPoint | None, pre: HookPoint | None) -> Callable[[Tensor], Tensor]:
+    def _stream_in(
+        self, layer: int, features: HookPoint | None, embed: HookPoint | None, pre: HookPoint | None
+    ) -> Callable[[Tensor], Tensor]:
         def enter(x: Tensor) -> Tensor:
             if features is not None and (mask := self.image_mask()) is not None and mask.shape == x.shape[:2] and bool(mask.any()):
                 given = x[mask]
