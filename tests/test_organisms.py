@@ -76,7 +76,7 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_the_global_generator_al
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
     assert processor.tokenizer.get_vocab() == processor_again.tokenizer.get_vocab()
-    other, _ = build(family, seed=1)
+    other: Any = build(family, seed=1)[0]
     assert not torch.equal(model.get_input_embeddings().weight, other.get_input_embeddings().weight)
 
 
@@ -173,8 +173,9 @@ def test_a_saved_folder_loads_with_the_auto_classes_to_the_same_bits(organism: A
 
 def test_a_folder_that_cannot_be_made_is_refused(organism: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    model, processor = organism("qwen2_vl")
     with pytest.raises(OutputPathError, match="folder must be"):
-        save(*organism("qwen2_vl"), tmp_path / "file" / "below")
+        save(model, processor, tmp_path / "file" / "below")
 
 
 def test_unknown_families_and_presets_are_refused_by_name() -> None:
@@ -189,6 +190,7 @@ def test_unknown_families_and_presets_are_refused_by_name() -> None:
 
 
 def test_the_text_configuration_can_be_overridden() -> None:
+    model: Any
     model, _ = build("qwen2_5_vl", preset="demo", text={"num_hidden_layers": 2, "num_key_value_heads": 2})
     assert len(model.get_decoder().layers) == 2
     assert model.config.text_config.num_key_value_heads == 2
