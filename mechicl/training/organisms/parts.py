@@ -114,18 +114,16 @@ def open_gates(model: nn.Module, generator: torch.Generator) -> None:
 def alive(name: str, parameter: Tensor, owner: nn.Module, generator: torch.Generator, gain: float) -> Tensor:
     """New values for one parameter: see `enliven`."""
     noise = torch.randn(parameter.shape, generator=generator)
-    leaf = name.rsplit(".", 2)[-2:]
+    holder = name.split(".")[-2] if "." in name else ""
     if "gate" in name and parameter.numel() == 1:
         return torch.full_like(parameter, 0.8)
     if parameter.ndim < 2:
-        if any(
-            part in ("q_norm", "k_norm") for part in leaf
-        ):  # scores of normalised queries and keys have standard deviation 1 before this factor
-            return parameter + (gain - 1.0) + 0.1 * noise
-        return parameter + 0.1 * noise
+        # normalised queries and keys give scores with a standard deviation of 1 before their norms' weights
+        shift = gain - 1.0 if holder in ("q_norm", "k_norm") else 0.0
+        return parameter + shift + 0.1 * noise
     if isinstance(owner, nn.Embedding):
         scale = float(getattr(owner, "embed_scale", 1.0))  # Gemma multiplies what it reads by sqrt(d_model)
         return noise / scale
     fan_in = parameter.numel() / parameter.shape[0]
-    factor = gain if any(part in ("q_proj", "k_proj") for part in leaf) else 1.0
+    factor = gain if holder in ("q_proj", "k_proj") else 1.0
     return factor * noise / math.sqrt(fan_in)
