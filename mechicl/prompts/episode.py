@@ -51,12 +51,18 @@ class Episode:
         if len(set(self.candidates)) != len(self.candidates):
             raise EpisodeError(f"{where}candidates must be distinct; got {list(self.candidates)}. List each label once.")
         if len(self.candidates) < 2:
-            raise EpisodeError(f"{where}candidates must be at least two labels; got {list(self.candidates)}. With one class nothing can be told apart.")
+            raise EpisodeError(
+                f"{where}candidates must be at least two labels; got {list(self.candidates)}. With one class nothing can be told apart."
+            )
         if self.query.label not in self.candidates:
-            raise EpisodeError(f"{where}the answer must be a candidate; got {self.query.label!r} with candidates {list(self.candidates)}. Add it to candidates.")
+            raise EpisodeError(
+                f"{where}the answer must be a candidate; got {self.query.label!r} with candidates {list(self.candidates)}. Add it to candidates."
+            )
         for k, shot in enumerate(self.shots):
             if shot.label not in self.candidates:
-                raise EpisodeError(f"{where}the label of shot {k} must be a candidate; got {shot.label!r} with candidates {list(self.candidates)}. Add it to candidates.")
+                raise EpisodeError(
+                    f"{where}the label of shot {k} must be a candidate; got {shot.label!r} with candidates {list(self.candidates)}. Add it to candidates."
+                )
 
     @property
     def answer(self) -> str:
@@ -85,8 +91,12 @@ def check_episodes(episodes: Sequence[Episode], *, images: bool = True) -> None:
     for k, episode in enumerate(episodes):
         name = episode.id or str(k)
         if not episode.shots:
-            raise EpisodeError(f"episode {name}: shots must not be empty; got none. In-context learning needs examples (zero-shot is run as a control by itself).")
+            raise EpisodeError(
+                f"episode {name}: shots must not be empty; got none. In-context learning needs examples (zero-shot is run as a control by itself)."
+            )
         if len({shot.label for shot in episode.shots}) < 2:
-            raise EpisodeError(f"episode {name}: shots must show at least two labels; got only {episode.shots[0].label!r}. Add exemplars of another class.")
+            raise EpisodeError(
+                f"episode {name}: shots must show at least two labels; got only {episode.shots[0].label!r}. Add exemplars of another class."
+            )
         if images and not episode.images:
             raise ImageError(f"episode {name}: at least one picture is needed; got none. Pass images=False for text-only episodes.")

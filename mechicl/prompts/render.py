@@ -1,0 +1,316 @@
+"""Episodes -> tokens with exact roles, through the model's own chat template and processor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from mechicl.errors import ContextLengthError, ImageError, RenderError
+from mechicl.prompts.batch import Batch, Box
+from mechicl.prompts.episode import Episode
+from mechicl.prompts.patches import image_boxes
+from mechicl.prompts.spans import QUERY, Span, runs
+from mechicl.prompts.template import Laid, Piece, Template, check_texts
+
+NEEDED: Mapping[str, str] = {
+    "qwen2_vl": "mm_token_type_ids",
+    "qwen2_5_vl": "mm_token_type_ids",
+    "qwen3_vl": "mm_token_type_ids",
+    "gemma3": "token_type_ids",
+    "paligemma": "token_type_ids",
+    "mllama": "cross_attention_mask",
+}
+"""Inputs without which a family gives wrong logits and no error."""
+
+CONTINUATION: Mapping[str, Mapping[str, int]] = {"paligemma": {"token_type_ids": 1}}
+"""What appended answer tokens get, where it is not 0: PaliGemma reads type 0 in both directions, so an answer of type 0 would be seen by the prompt."""
+
+MAX_ASPECT_RATIO = 100
+"""Beyond it a picture is a line: some processors refuse it, others make thousands of tokens of it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rendered:
+    """One prompt after the tokenizer, before padding."""
+
+    ids: list[int]
+    owners: list[Span | None]
+    tail: str
+    tail_ids: list[int]
+
+
+class Renderer:
+    """Turns episodes into a left-padded `Batch` whose every token has a role.
+
+    Args:
+        processor: The model's processor (AutoProcessor).
+        config: The model's configuration: says which token is a picture's.
+        context: Longest prompt, answer included, in tokens; None takes the configuration's max_position_embeddings.
+        chat_template: A template to use in place of the processor's own.
+
+    Raises:
+        RenderError: the tokenizer gives no offsets, or the configuration names no image token.
+    """
+
+    def __init__(self, processor: Any, config: Any, *, context: int | None = None, chat_template: str | None = None) -> None:
+        self.processor = processor
+        self.config = config
+        self.tokenizer = getattr(processor, "tokenizer", None)
+        if self.tokenizer is None or not getattr(self.tokenizer, "is_fast", False):
+            raise RenderError(
+                f"processor must have a tokenizer that gives offsets; got {type(self.tokenizer).__name__}. Load the fast tokenizer (use_fast=True)."
+            )
+        image_token = next((v for v in (getattr(config, k, None) for k in ("image_token_id", "image_token_index")) if v is not None), None)
+        if image_token is None:
+            raise RenderError(
+                f"config must name the image token (image_token_id or image_token_index); {type(config).__name__} does not. Use a vision-language model."
+            )
+        self.image_token_id = int(image_token)
+        self.model_type: str = getattr(config, "model_type", "")
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.context: int | None = context if context is not None else getattr(text, "max_position_embeddings", None)
+        self.template = Template(processor, chat_template)
+        self.continuation: Mapping[str, int] = CONTINUATION.get(self.model_type, {})
+        self.special = sorted({*map(str, self.tokenizer.all_special_tokens), self.template.image_token}, key=len, reverse=True)
+
+    def render(self, episodes: Sequence[Episode]) -> Batch:
+        """Tokens, spans, candidates and patches of episodes.
+
+        Raises:
+            RenderError: exact roles cannot be guaranteed, or the candidates cannot follow the prompt.
+            ImageError: a picture is unreadable, empty or a line.
+            ContextLengthError: a prompt with its longest answer is longer than the context.
+        """
+        if not episodes:
+            raise RenderError("episodes must be a non-empty list; got none. Draw some first.")
+        names = [f"episode {episode.id or k}" for k, episode in enumerate(episodes)]
+        for episode, name in zip(episodes, names, strict=True):
+            check_texts(episode, self.special, name)
+        pictures = [[readable(image, name) for image in episode.images] for episode, name in zip(episodes, names, strict=True)]
+        laid = [self.template.lay(episode, name) for episode, name in zip(episodes, names, strict=True)]
+        inputs, offsets = self._process(pictures, episodes, names)
+        rendered = [self._assign(*row) for row in zip(laid, offsets, episodes, names, strict=True)]
+        candidate_ids = self._candidates(rendered, episodes, names)
+        self._check_lengths(rendered, candidate_ids, names)
+        n_pos = int(inputs["input_ids"].shape[1])
+        spans = tuple(runs([Span("pad", 0, 0)] * (n_pos - len(r.ids)) + r.owners) for r in rendered)
+        self._check_padding(inputs["input_ids"], rendered, names)
+        return Batch(
+            inputs=inputs,
+            spans=spans,
+            answers=tuple(episode.candidates.index(episode.answer) for episode in episodes),
+            candidates=tuple(episode.candidates for episode in episodes),
+            candidate_ids=candidate_ids,
+            patches=tuple(self._patches(row, sizes) for row, sizes in zip(spans, ([p.size for p in few] for few in pictures), strict=True)),
+            episodes=tuple(episodes),
+            ids=tuple(episode.id for episode in episodes),
+            renderer=self,
+        )
+
+    def _process(
+        self, pictures: list[list[Image.Image]], episodes: Sequence[Episode], names: Sequence[str]
+    ) -> tuple[dict[str, Any], list[list[dict[str, Any]]]]:
+        """The processor's output, whole, and where it put the pictures' tokens into each text."""
+        texts = [self.template.write(episode, lambda text, _: text, name) for episode, name in zip(episodes, names, strict=True)]
+        if not self.template.chat_template:
+            texts = [t if self._breaks_lines else t + "\n" for t in texts]
+        some = any(pictures)
+        options: dict[str, Any] = {"padding": True, "padding_side": "left", "return_tensors": "pt", "return_text_replacement_offsets": True}
+        if self._adds_nothing(texts[0]):
+            options["add_special_tokens"] = False
+        try:
+            out = dict(self.processor(text=list(texts), images=pictures if some else None, **options))
+        except Exception as error:
+            raise RenderError(
+                f"the processor must take the episodes; {type(self.processor).__name__} raised {error}. "
+                "Check the pictures' sizes, and that every prompt has pictures if the family needs them."
+            ) from error
+        offsets = out.pop("text_replacement_offsets", None)
+        out.pop("labels", None)  # a training target, not an input
+        needed = NEEDED.get(self.model_type)
+        if some and needed is not None and needed not in out:
+            raise RenderError(f"the processor must return {needed} for {self.model_type}; got {sorted(out)}. Update transformers.")
+        if some and self.model_type == "mllama" and not all(pictures):
+            raise RenderError("episodes of mllama must all have pictures or all have none; got both. Render them apart.")
+        listed = offsets if isinstance(offsets, list) and offsets else [[] for _ in texts]
+        return out, listed
+
+    @property
+    def _breaks_lines(self) -> bool:
+        """Whether the processor itself ends a prompt with a line break (PaliGemma)."""
+        return self.model_type == "paligemma"
+
+    def _adds_nothing(self, text: str) -> bool:
+        """Whether the text already begins with the first token, as `apply_chat_template` decides it."""
+        return self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
+
+    def _assign(self, laid: Laid, replaced: list[dict[str, Any]], episode: Episode, name: str) -> Rendered:
+        """Tokens of one prompt with the owner of each."""
+        text, pieces, regions = expand(laid, replaced)
+        encoded = self.tokenizer(text, add_special_tokens=not self._adds_nothing(text), return_offsets_mapping=True)
+        ids: list[int] = list(encoded["input_ids"])
+        chars = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+        if not ids or chars[-1, 1] != len(text):
+            raise RenderError(
+                f"{name}: a prompt must end where the answer begins; the tokenizer puts {self.tokenizer.convert_ids_to_tokens(ids[-1:])} behind it. "
+                "Switch add_eos_token off."
+            )
+        owners = np.full(len(ids), -1)
+        everyone: list[Span] = []
+        for piece in pieces:
+            inside = (chars[:, 0] < piece.stop) & (chars[:, 1] > piece.start)
+            claim(owners, inside, len(everyone), piece.owner, name, text[piece.start : piece.stop])
+            everyone.append(piece.owner)
+        self._claim_pictures(owners, everyone, np.array(ids), chars, regions, episode, name)
+        cut = tail_start(ids, chars, set(self.tokenizer.all_special_ids))
+        return Rendered(ids, [everyone[k] if k >= 0 else None for k in owners], text[chars[cut, 0] :], ids[cut:])
+
+    def _claim_pictures(
+        self,
+        owners: np.ndarray,
+        everyone: list[Span],
+        ids: np.ndarray,
+        chars: np.ndarray,
+        regions: list[tuple[int, int]],
+        episode: Episode,
+        name: str,
+    ) -> None:
+        shots = [(k if k < len(episode.shots) else QUERY, s) for k, s in enumerate((*episode.shots, episode.query)) for _ in s.images]
+        if not regions and shots:  # a family that expands nothing: one token marks each picture
+            regions = [(int(a), int(b)) for a, b in chars[ids == self.image_token_id]]
+        if len(regions) != len(shots):
+            raise RenderError(
+                f"{name}: the processor must place every picture; it placed {len(regions)} of {len(shots)}. Report the family."
+            )
+        for k, ((start, stop), (which, shot)) in enumerate(zip(regions, shots, strict=True)):
+            inside = (chars[:, 0] < stop) & (chars[:, 1] > start) & (ids == self.image_token_id)
+            owner = Span("image", 0, 0, which, k, shot.label, shot.item)
+            claim(owners, inside, len(everyone), owner, name, f"picture {k}")
+            everyone.append(owner)
+        if int((ids == self.image_token_id).sum()) != int(sum(everyone[k].role == "image" for k in owners if k >= 0)):
+            raise RenderError(f"{name}: every image token must belong to a picture; some do not. Take image tokens out of the texts.")
+
+    def _candidates(
+        self, rendered: Sequence[Rendered], episodes: Sequence[Episode], names: Sequence[str]
+    ) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """Tokens of every candidate behind its prompt, from the joint tokens of prompt and candidate.
+
+        Only the prompt from its last control token on is tokenised again: tokenizers cut the text there first. That its tokens are those of the
+        prompt is checked; where they are not, nothing is guessed.
+        """
+        lead = self.template.lead
+        texts = [r.tail + lead + label for r, e in zip(rendered, episodes, strict=True) for label in e.candidates]
+        joint = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
+        every = []
+        for r, episode, name in zip(rendered, episodes, names, strict=True):
+            row: list[tuple[int, ...]] = []
+            for label in episode.candidates:
+                ids = next(joint)
+                n = len(r.tail_ids)
+                if ids[:n] != r.tail_ids or len(ids) == n:
+                    raise RenderError(
+                        f"{name}: the prompt's tokens must stay the same when candidate {label!r} follows; they do not (the prompt ends with "
+                        f"{r.tail[-12:]!r}). Take the space off the end of the prompt or off the start of the label."
+                    )
+                row.append(tuple(ids[n:]))
+            same = next(((a, b) for a in range(len(row)) for b in range(a) if row[a] == row[b]), None)
+            if same is not None:
+                first, second = (episode.candidates[k] for k in reversed(same))
+                raise RenderError(
+                    f"{name}: candidates must differ in tokens; {first!r} and {second!r} are both {list(row[same[0]])}. Choose labels that the tokenizer can tell apart."
+                )
+            every.append(tuple(row))
+        return tuple(every)
+
+    def _check_lengths(self, rendered: Sequence[Rendered], candidates: Sequence[Sequence[Sequence[int]]], names: Sequence[str]) -> None:
+        for r, few, name in zip(rendered, candidates, names, strict=True):
+            need = len(r.ids) + max(len(ids) for ids in few)
+            if self.context is not None and need > self.context:
+                raise ContextLengthError(
+                    f"{name}: a prompt with its answer must fit the context of {self.context} tokens; got {need} ({len(r.ids)} without the answer). "
+                    "Use fewer shots or smaller pictures."
+                )
+
+    def _check_padding(self, ids: Tensor, rendered: Sequence[Rendered], names: Sequence[str]) -> None:
+        for row, r, name in zip(ids.tolist(), rendered, names, strict=True):
+            if row[len(row) - len(r.ids) :] != r.ids:
+                raise RenderError(
+                    f"{name}: the processor's tokens must be those of the rendered text; they differ, so roles would be guesses. Report the family."
+                )
+
+    def _patches(self, spans: Sequence[Span], sizes: Sequence[tuple[int, int]]) -> tuple[Mapping[int, Box], ...]:
+        every: list[Mapping[int, Box]] = []
+        for k, size in enumerate(sizes):
+            where = [pos for span in spans if span.role == "image" and span.image == k for pos in range(span.start, span.stop)]
+            boxes = image_boxes(self.processor, self.config, size, len(where), n_images=len(sizes))
+            every.append({pos: box for pos, box in zip(where, boxes, strict=False) if box is not None})
+        return tuple(every)
+
+
+def expand(laid: Laid, replaced: Sequence[Mapping[str, Any]]) -> tuple[str, list[Piece], list[tuple[int, int]]]:
+    """The text after the processor put the pictures' tokens in, its pieces moved along, and the pictures' stretches of characters."""
+    text: list[str] = []
+    regions: list[tuple[int, int]] = []
+    last = 0
+    for one in replaced:
+        start, stop = one["span"]
+        text += [laid.text[last:start], one["replacement"]]
+        regions.append(tuple(one["new_span"]))
+        last = stop
+    text.append(laid.text[last:])
+    ends = np.array([one["span"][1] for one in replaced], dtype=np.int64)
+    gained = np.array([0] + [one["new_span"][1] - one["span"][1] for one in replaced], dtype=np.int64)
+
+    def moved(at: int) -> int:
+        return at + int(gained[np.searchsorted(ends, at, side="right")])
+
+    return "".join(text), [Piece(p.owner, moved(p.start), moved(p.stop)) for p in laid.pieces], regions
+
+
+def claim(owners: np.ndarray, inside: np.ndarray, number: int, owner: Span, name: str, what: str) -> None:
+    """Give tokens to an owner.
+
+    Raises:
+        RenderError: there is none, or one already belongs to another piece.
+    """
+    if not inside.any():
+        raise RenderError(f"{name}: every piece must have a token; the {owner.role} {what!r} has none. Choose another text.")
+    if (owners[inside] >= 0).any():
+        raise RenderError(
+            f"{name}: a token must belong to one piece; the {owner.role} {what!r} shares one with its neighbour. Put a space or a line break between."
+        )
+    owners[inside] = number
+
+
+def tail_start(ids: Sequence[int], chars: np.ndarray, special: set[int]) -> int:
+    """Index of the last control token that stands in the text; 0 where there is none."""
+    return next((k for k in range(len(ids) - 1, -1, -1) if ids[k] in special and chars[k, 1] > chars[k, 0]), 0)
+
+
+def readable(image: Image.Image, name: str) -> Image.Image:
+    """The picture as RGB, upright.
+
+    Raises:
+        ImageError: it cannot be decoded, has no pixels, or is more than `MAX_ASPECT_RATIO` times as long as wide.
+    """
+    try:
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+    except Exception as error:
+        raise ImageError(f"{name}: a picture must be readable; decoding it raised {error}. Replace the file.") from error
+    width, height = upright.size
+    if width < 1 or height < 1:
+        raise ImageError(f"{name}: a picture must have pixels; got {width} x {height}. Replace it.")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ImageError(f"{name}: a picture must be at most {MAX_ASPECT_RATIO} times as long as wide; got {width} x {height}. Crop it.")
+    if upright.mode == "RGB":
+        return upright
+    if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+        white = Image.new("RGBA", upright.size, "white")
+        return Image.alpha_composite(white, upright.convert("RGBA")).convert("RGB")
+    return upright.convert("RGB")

@@ -1,0 +1,254 @@
+"""An episode as the text of a prompt, with the exact place of every piece of it.
+
+The model's own chat template is rendered twice: once with a private-use character before and after every piece (instruction, text, question,
+label), once plainly. Taking the marks out of the first must give the second, character by character; the marks then say where each piece
+stands. Nothing is ever searched for in the rendered text, so a label that also occurs in the instruction cannot be mistaken.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from mechicl.errors import RenderError
+from mechicl.prompts.episode import Episode, Shot
+from mechicl.prompts.spans import NO_SHOT, QUERY, Span
+
+FIRST_MARK = 0xF0000
+LAST_MARK = 0xFFFFD
+MARKS = re.compile(f"[{chr(FIRST_MARK)}-{chr(LAST_MARK)}]")
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch [start, stop) of characters of a prompt; `owner` says what it is for (its own start and stop mean nothing)."""
+
+    owner: Span
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Laid:
+    """A prompt's text before pictures are expanded, with its pieces in order."""
+
+    text: str
+    pieces: tuple[Piece, ...]
+
+
+class Marker:
+    """Hands out marked and plain copies of the pieces of one prompt, and finds the marks again."""
+
+    def __init__(self) -> None:
+        self.owners: list[Span] = []
+        self.texts: list[str] = []
+
+    def __call__(self, text: str, owner: Span) -> str:
+        self.owners.append(owner)
+        self.texts.append(text)
+        mark = FIRST_MARK + 2 * (len(self.owners) - 1)
+        if mark + 1 > LAST_MARK:
+            raise RenderError(f"an episode must have fewer than {(LAST_MARK - FIRST_MARK) // 2} pieces of text; got more. Use fewer shots.")
+        return f"{chr(mark)}{text}{chr(mark + 1)}"
+
+    def read(self, marked: str, name: str) -> Laid:
+        """The plain text and the pieces of a marked one.
+
+        Raises:
+            RenderError: a piece is missing, doubled or changed.
+        """
+        plain: list[str] = []
+        at: dict[int, list[int]] = {}
+        length = last = 0
+        for match in MARKS.finditer(marked):
+            plain.append(marked[last : match.start()])
+            length += match.start() - last
+            last = match.end()
+            at.setdefault(ord(match.group()) - FIRST_MARK, []).append(length)
+        plain.append(marked[last:])
+        text = "".join(plain)
+        pieces = []
+        for k, (owner, piece) in enumerate(zip(self.owners, self.texts, strict=True)):
+            opened, closed = at.get(2 * k, []), at.get(2 * k + 1, [])
+            if len(opened) != 1 or len(closed) != 1:
+                raise RenderError(
+                    f"{name}: the chat template must write every piece once; it wrote the {owner.role} {piece!r} {len(opened)} times. "
+                    "Give Renderer another chat_template."
+                )
+            if text[opened[0] : closed[0]] != piece:
+                raise RenderError(
+                    f"{name}: the chat template must write the {owner.role} as it is; {piece!r} became {text[opened[0] : closed[0]]!r}. "
+                    "Change the text, or give Renderer another chat_template."
+                )
+            pieces.append(Piece(owner, opened[0], closed[0]))
+        return Laid(text, tuple(sorted(pieces, key=lambda p: p.start)))
+
+
+def unmarked(text: str, owner: Span) -> str:
+    """What stands in for a `Marker` when the prompt is rendered plainly."""
+    return text
+
+
+class Template:
+    """Writes episodes as text, through a processor's chat template or, where it has none, as plain lines.
+
+    The plain lines are: the instruction; for every shot its pictures, its text, its question, its label, each on a line of its own (the question
+    directly behind the pictures); the query likewise, without a label.
+    """
+
+    def __init__(self, processor: Any, chat_template: str | None = None) -> None:
+        self.processor = processor
+        self.chat_template = chat_template or getattr(processor, "chat_template", None)
+        if isinstance(self.chat_template, dict):
+            self.chat_template = self.chat_template.get("default")
+        self.image_token: str = getattr(processor, "image_token", None) or getattr(processor.tokenizer, "image_token", "<image>")
+
+    def lay(self, episode: Episode, name: str) -> Laid:
+        """The prompt's text, ready for the tokenizer but for the pictures, and its pieces.
+
+        Raises:
+            RenderError: the template drops, doubles or changes a piece or a picture.
+        """
+        marker = Marker()
+        laid = marker.read(self.layout(self.write(episode, marker, name), episode, name), name)
+        plain = self.layout(self.write(episode, unmarked, name), episode, name)
+        if laid.text != plain:
+            at = next((i for i, (a, b) in enumerate(zip(laid.text, plain, strict=False)) if a != b), min(len(plain), len(laid.text)))
+            raise RenderError(
+                f"{name}: the chat template must not look at the text it is given; with marks around the pieces it wrote "
+                f"{laid.text[at - 20 if at > 20 else 0 : at + 20]!r} in place of {plain[at - 20 if at > 20 else 0 : at + 20]!r}. "
+                "Take spaces and line breaks off the ends of labels and questions, or give Renderer another chat_template."
+            )
+        if laid.text.count(self.image_token) != len(episode.images):
+            raise RenderError(
+                f"{name}: the chat template must write one {self.image_token} per picture; it wrote {laid.text.count(self.image_token)} for "
+                f"{len(episode.images)} pictures. Give Renderer another chat_template."
+            )
+        return laid
+
+    def layout(self, text: str, episode: Episode, name: str) -> str:
+        """What the processor itself does to a text before it expands pictures (PaliGemma and Mllama put the first token in)."""
+        prepare = getattr(self.processor, "prepare_inputs_layout", None)
+        if prepare is not None and episode.images:
+            text = prepare(images=[list(episode.images)], text=[text])[1][0]
+        if not self.chat_template and not text.endswith("\n"):
+            text += "\n"
+        return text
+
+    def write(self, episode: Episode, mark: Marker | Any, name: str) -> str:
+        """The prompt's text, pieces passed through `mark`."""
+        if not self.chat_template:
+            return self._lines(episode, mark)
+        try:
+            return self._render(self._messages(episode, mark))
+        except RenderError:
+            raise
+        except Exception as error:  # a template may raise anything
+            raise RenderError(
+                f"{name}: the chat template must accept the episode; it raised {error}. Give Renderer another chat_template."
+            ) from error
+
+    @cached_property
+    def lead(self) -> str:
+        """What the template writes between the end of a prompt and the answer, e.g. a space; "" where a prompt is not how an answered one begins."""
+        if not self.chat_template:
+            return ""
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
+        prompt = self._render([turn])
+        answered = self._render([turn, self._assistant(chr(FIRST_MARK))], more=False)
+        return answered[len(prompt) : answered.index(chr(FIRST_MARK))] if answered.startswith(prompt) else ""
+
+    def _render(self, messages: Sequence[Message], more: bool = True) -> str:
+        return self.processor.apply_chat_template(list(messages), chat_template=self.chat_template, add_generation_prompt=more)
+
+    def _messages(self, episode: Episode, mark: Any) -> list[Message]:
+        messages: list[Message] = []
+        opening: list[Message] = []
+        if episode.instruction:
+            marked = mark(episode.instruction, Span("instruction", 0, 0))
+            if self._system_style == "list":
+                messages.append({"role": "system", "content": [{"type": "text", "text": marked}]})
+            elif self._system_style == "string":
+                messages.append({"role": "system", "content": marked})
+            else:
+                opening = [{"type": "text", "text": marked + "\n"}]
+        for k, shot in enumerate((*episode.shots, episode.query)):
+            which = k if k < len(episode.shots) else QUERY
+            messages.append({"role": "user", "content": opening + self._parts(shot, which, episode.question, mark)})
+            opening = []
+            if which != QUERY:
+                messages.append(self._assistant(mark(shot.label, Span("label", 0, 0, k, None, shot.label, shot.item))))
+        return messages
+
+    def _parts(self, shot: Shot, which: int, question: str, mark: Any) -> list[Message]:
+        texts = [
+            mark(text, Span(role, 0, 0, which, None, shot.label, shot.item))
+            for role, text in (("text", shot.text), ("question", question))
+            if text
+        ]
+        return [{"type": "image"} for _ in shot.images] + ([{"type": "text", "text": "\n".join(texts)}] if texts else [])
+
+    def _assistant(self, text: str) -> Message:
+        return {"role": "assistant", "content": [{"type": "text", "text": text}] if self._answer_style == "list" else text}
+
+    @cached_property
+    def _answer_style(self) -> str:
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
+        for style, content in (("list", [{"type": "text", "text": chr(FIRST_MARK)}]), ("string", chr(FIRST_MARK))):
+            if self._accepts([turn, {"role": "assistant", "content": content}, turn]):
+                return style
+        raise RenderError(
+            "chat_template must write user turns with pictures and assistant turns with text; this one does not. Give Renderer another chat_template."
+        )
+
+    @cached_property
+    def _system_style(self) -> str:
+        """How the template takes a system turn beside pictures: "list" or "string" content, or "fold" into the first user turn."""
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
+        for style, content in (("list", [{"type": "text", "text": chr(FIRST_MARK)}]), ("string", chr(FIRST_MARK))):
+            if self._accepts([{"role": "system", "content": content}, turn]):
+                return style
+        return "fold"
+
+    def _accepts(self, messages: Sequence[Message]) -> bool:
+        try:
+            return self._render(messages).count(chr(FIRST_MARK)) == 1
+        except Exception:  # whatever a template raises, it does not accept this
+            return False
+
+    def _lines(self, episode: Episode, mark: Any) -> str:
+        lines = [mark(episode.instruction, Span("instruction", 0, 0))] if episode.instruction else []
+        for k, shot in enumerate((*episode.shots, episode.query)):
+            which = k if k < len(episode.shots) else QUERY
+            texts = [part["text"] for part in self._parts(shot, which, episode.question, mark) if part["type"] == "text"]
+            lines.append(self.image_token * len(shot.images) + "".join(texts))
+            if which != QUERY:
+                lines.append(mark(shot.label, Span("label", 0, 0, k, None, shot.label, shot.item)))
+        return "\n".join(lines)
+
+
+def check_texts(episode: Episode, special: Sequence[str], name: str) -> None:
+    """Refuse texts that the tokenizer would read as control tokens, and those that hold our marks.
+
+    Raises:
+        RenderError: names the text and the token.
+    """
+    texts = {"instruction": episode.instruction, "question": episode.question}
+    for k, shot in enumerate((*episode.shots, episode.query)):
+        which = f"shot {k}" if k < len(episode.shots) else "the query"
+        texts |= {f"text of {which}": shot.text, f"label of {which}": shot.label}
+    texts |= {f"candidate {k}": label for k, label in enumerate(episode.candidates)}
+    for what, text in texts.items():
+        for token in special:
+            if token in text:
+                raise RenderError(f"{name}: {what} must not contain the control token {token!r}; got {text!r}. Write it otherwise.")
+        if MARKS.search(text):
+            raise RenderError(f"{name}: {what} must not contain characters of the private-use plane U+F0000; got {text!r}. Replace them.")
+
+
+__all__ = ["NO_SHOT", "Laid", "Marker", "Piece", "Template", "check_texts"]
