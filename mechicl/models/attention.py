@@ -166,9 +166,10 @@ def rows(call: AttentionCall, dest: Tensor) -> tuple[Tensor, Tensor]:
     else:
         query = call.query if dest.numel() == n_dest else call.query.index_select(2, dest)
     kv_heads, n_src = call.key.shape[1], call.key.shape[2]
-    grouped = query.reshape(batch, kv_heads, call.groups * query.shape[2], query.shape[-1])
-    scores = (grouped @ call.key.transpose(2, 3)).float() * call.scaling
-    scores = scores.reshape(batch, heads, query.shape[2], n_src)
+    exact = query.dtype in (torch.float32, torch.float64)  # scaling the queries is cheaper; in half precision it would round them
+    grouped = (query * call.scaling if exact else query).reshape(batch, kv_heads, call.groups * query.shape[2], query.shape[-1])
+    scores = (grouped @ call.key.transpose(2, 3)).reshape(batch, heads, query.shape[2], n_src)
+    scores = scores if exact else scores.float() * call.scaling
     if (cap := call.terms.get("softcap")) is not None:
         scores = torch.tanh(scores / cap) * cap
     bias, allowed = None, None
@@ -207,10 +208,11 @@ def softmax(call: AttentionCall, scores: Tensor, allowed: Tensor, dest: Tensor) 
     """
     alive = allowed.any(-1, keepdim=True)
     sink = call.terms.get("s_aux", call.terms.get("sinks"))
-    if sink is None:
-        masked = scores.masked_fill(~allowed, -math.inf).masked_fill(~alive, 0.0)
-        return masked.softmax(-1).masked_fill(~allowed, 0.0)
     masked = scores.masked_fill(~allowed, -math.inf)
+    if sink is None:
+        if bool(alive.all()):  # exp(-inf) is exactly zero: nothing else to do
+            return masked.softmax(-1)
+        return masked.masked_fill(~alive, 0.0).softmax(-1).masked_fill(~allowed, 0.0)
     column = sink.reshape(1, -1, 1, 1) if sink.dim() == 1 else _take_rows(sink, dest, scores.shape[0])
     column = column.float().expand(scores.shape[0], scores.shape[1], scores.shape[2], 1)
     return torch.cat([masked, column], -1).softmax(-1)[..., :-1]

@@ -1,0 +1,54 @@
+"""Shared by the benchmarks: interleaved rounds, medians, ratios to the first entry, peak memory of this process."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def peak_memory(run: Callable[[], object]) -> float:
+    """Largest resident memory during `run` above what was resident before, MB (Linux)."""
+    gc.collect()
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # resets the high-water mark
+    before = _status("VmRSS")
+    run()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(key: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(key + ":"))
+
+
+def rounds(entries: dict[str, Callable[[], object]], n: int) -> dict[str, list[float]]:
+    """Seconds of every entry in each of n rounds, one after the other, so that drift of the machine hits all alike. One warm-up round."""
+    seconds: dict[str, list[float]] = {name: [] for name in entries}
+    for k in range(n + 1):
+        for name, run in entries.items():
+            start = time.perf_counter()
+            run()
+            if k:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(of: list[float], to: list[float]) -> float:
+    """Median of the ratios round by round."""
+    return statistics.median(a / b for a, b in zip(of, to, strict=True))
+
+
+def machine() -> str:
+    """One line about where this ran."""
+    return f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(["| " + " | ".join(r) + " |" for r in [header, ["---"] * len(header), *rows]])
