@@ -310,3 +310,44 @@ class Series:
                      "high": None if high is None else high[i]}
                 )  # fmt: skip
         return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadSet:
+    """Heads found by one rule on one half of the episodes, and what switching them off does on the other half.
+
+    `found`: their scores passed the rule. `ablation` is None when no head did; `verdict` says in words what may be claimed.
+    `finding`: "redundant" (the set is needed, no single head of it is), "necessary" (the set is needed, and so is at least one head alone),
+    "irrelevant" (the set off costs no more than nothing, or no more than random heads off), "none" (no head passed).
+    """
+
+    kind: str
+    score: str
+    rule: str
+    heads: tuple[Head, ...]
+    finding: str
+    verdict: str
+    ablation: Ablation | None = None
+    dose: DoseCurve | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """The whole story of one model on one task: does it learn from the examples, which heads do it, and what happens without them.
+
+    Heads are ranked on `n_find` episodes (`scores`) and everything else is measured on `n_prove` other episodes, `replication` being the same scores
+    there. `controls`: accuracies of the intact model under a control, by name. `growth`: the same heads along training, where it was logged.
+    """
+
+    scores: HeadScores
+    replication: HeadScores
+    accuracy: ICLAccuracy
+    controls: Mapping[str, Estimate]
+    sets: tuple[HeadSet, ...]
+    roles: RoleAttention
+    prompts: tuple[PromptView, ...]
+    growth: Series | None
+    n_find: int
+    n_prove: int
+    provenance: Provenance
+    notes: tuple[str, ...] = ()
