@@ -1,0 +1,193 @@
+"""Intervals, paired tests and corrections: the one place where mechicl meets scipy and statsmodels.
+
+Arrays are numpy. The first axis of `values` is the independent unit (the episode); every further axis (layer, head) is treated on its own. A NaN is a
+unit that does not count for that cell; a cell with no unit left is NaN.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from mechicl.errors import OptionError
+from mechicl.results import Estimate
+
+LEVEL = 0.95
+N_BOOTSTRAP = 2000
+
+
+def wilson(correct: ArrayLike, *, unit: str = "probability") -> Estimate:
+    """A proportion with its Wilson 95 % interval.
+
+    Args:
+        correct: One truth value per episode.
+        unit: What the number is.
+
+    Returns:
+        NaN with n = 0 when there is no episode.
+    """
+    from statsmodels.stats.proportion import proportion_confint
+
+    array = np.asarray(correct, dtype=np.float64)
+    if array.size == 0:
+        return Estimate(np.nan, np.nan, np.nan, 0, unit)
+    interval: Any = proportion_confint(array.sum(), array.size, alpha=1 - LEVEL, method="wilson")
+    low, high = max(0.0, float(interval[0])), min(1.0, float(interval[1]))
+    return Estimate(float(array.mean()), low, high, int(array.size), unit)
+
+
+def bootstrap_interval(
+    values: ArrayLike, *, seed: int = 0, n_draws: int = N_BOOTSTRAP, level: float = LEVEL
+) -> tuple[np.ndarray, np.ndarray]:
+    """Percentile bootstrap interval of the mean over the first axis, for every cell at once.
+
+    The same resampled episodes serve all cells, so that heads can be compared.
+
+    Args:
+        values: [batch, ...], NaN where an episode does not count.
+        seed: Decides the resampling.
+        n_draws: Resamples.
+        level: Share of the resampled means inside the interval.
+
+    Returns:
+        low and high, [...]; NaN where no episode counts. With one episode both equal its value: one unit says nothing about spread.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    n = array.shape[0]
+    if n == 0:
+        empty = np.full(array.shape[1:], np.nan)
+        return empty, empty.copy()
+    flat = array.reshape(n, -1)
+    known = ~np.isnan(flat)
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_draws).astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = (counts @ np.where(known, flat, 0.0)) / (counts @ known)
+    low, high = _quantiles(means, ((1 - level) / 2, (1 + level) / 2))
+    return low.reshape(array.shape[1:]), high.reshape(array.shape[1:])
+
+
+def _quantiles(draws: np.ndarray, q: tuple[float, float]) -> np.ndarray:
+    """Quantiles over the first axis; columns without a number are NaN, without a warning."""
+    out = np.full((2, draws.shape[1]), np.nan)
+    alive = ~np.isnan(draws).all(0)
+    if alive.any():
+        out[:, alive] = np.nanquantile(draws[:, alive], q, axis=0)
+    return out
+
+
+def mean_estimate(values: ArrayLike, *, unit: str, seed: int = 0, n_draws: int = N_BOOTSTRAP) -> Estimate:
+    """The mean over episodes with its bootstrap 95 % interval."""
+    array = np.asarray(values, dtype=np.float64)
+    array = array[~np.isnan(array)]
+    if array.size == 0:
+        return Estimate(np.nan, np.nan, np.nan, 0, unit, "bootstrap 95 %")
+    low, high = bootstrap_interval(array, seed=seed, n_draws=n_draws)
+    return Estimate(float(array.mean()), float(low), float(high), int(array.size), unit, "bootstrap 95 %")
+
+
+def paired_change(before: ArrayLike, after: ArrayLike, *, unit: str, seed: int = 0, n_draws: int = N_BOOTSTRAP) -> Estimate:
+    """after - before on the same episodes, with a paired bootstrap interval: episodes are resampled with both of their values.
+
+    Raises:
+        OptionError: the two do not have the same episodes.
+    """
+    a, b = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
+    if a.shape != b.shape:
+        raise OptionError(f"before and after must be the same episodes; got shapes {a.shape} and {b.shape}. Score both on one batch.")
+    change = mean_estimate(b - a, unit=unit, seed=seed, n_draws=n_draws)
+    return Estimate(change.value, change.low, change.high, change.n, unit, "paired bootstrap 95 %")
+
+
+def mcnemar_p(before: ArrayLike, after: ArrayLike) -> float:
+    """Exact two-sided McNemar test of paired right/wrong answers; 1 when no answer changed.
+
+    Raises:
+        OptionError: the two do not have the same episodes.
+    """
+    from statsmodels.stats.contingency_tables import mcnemar
+
+    a, b = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool)
+    if a.shape != b.shape:
+        raise OptionError(f"before and after must be the same episodes; got shapes {a.shape} and {b.shape}. Score both on one batch.")
+    lost, won = int((a & ~b).sum()), int((~a & b).sum())
+    if lost + won == 0:
+        return 1.0
+    result: Any = mcnemar(np.array([[int((a & b).sum()), lost], [won, int((~a & ~b).sum())]]), exact=True)
+    return float(min(1.0, result.pvalue))
+
+
+def permutation_p(observed: ArrayLike, exceeded: ArrayLike, n_draws: int) -> np.ndarray:
+    """One-sided p of a permutation test with the +1 correction, which counts the observed order as one of the draws (so p is never 0).
+
+    Args:
+        observed: The scores; only their NaNs are used.
+        exceeded: How many draws were at least as high.
+        n_draws: How many draws there were.
+
+    Returns:
+        (1 + exceeded) / (1 + n_draws), NaN where `observed` is.
+    """
+    p = (1.0 + np.asarray(exceeded, dtype=np.float64)) / (1.0 + n_draws)
+    return np.where(np.isnan(np.asarray(observed, dtype=np.float64)), np.nan, p)
+
+
+def holm(p: ArrayLike) -> np.ndarray:
+    """p-values corrected for their number, family-wise (Holm), in the shape they came; NaN entries stay out and stay NaN."""
+    return _corrected(p, "holm")
+
+
+def benjamini_hochberg(p: ArrayLike) -> np.ndarray:
+    """p-values corrected for their number, false discovery rate (Benjamini and Hochberg), in the shape they came; NaN stays NaN."""
+    return _corrected(p, "fdr_bh")
+
+
+def _corrected(p: ArrayLike, method: str) -> np.ndarray:
+    from statsmodels.stats.multitest import multipletests
+
+    array = np.asarray(p, dtype=np.float64)
+    out, known = np.full(array.shape, np.nan), ~np.isnan(array)
+    if known.any():
+        out[known] = multipletests(array[known], method=method)[1]
+    return out
+
+
+def outlier_p(own: np.ndarray, others: np.ndarray, *, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Is one place read more than the places like it? One-sided p that `own` comes from the distribution of `others`, in logs.
+
+    A positional preference is the same in every episode, so episodes are not independent evidence for it: the units are the other places (offsets,
+    spans) that the same tokens could have read. Logs of attention are near normal in a network that has learnt nothing, which gives Student's
+    prediction interval: t = (own - mean(others)) / (s sqrt(1 + 1/m)).
+
+    With `rows` several readers are compared, each with its own others: the differences are averaged, the spread pooled within readers, and
+    nothing is gained from the number of readers, because all may share one preference (for the nearest place, say).
+
+    Args:
+        own: Log attention [reader, ...].
+        others: Log attention [reader, place, ...], NaN where a reader has no such place.
+        rows: Unused readers are False, [reader]; default all.
+
+    Returns:
+        p [...] and the 97.5 % prediction bound for exp(own) [...], as a ratio to exp(mean of others). NaN with fewer than two others in all.
+    """
+    from scipy import stats
+
+    use = np.ones(own.shape[0], dtype=bool) if rows is None else np.asarray(rows, dtype=bool)
+    own, others = own[use], others[use]
+    known = ~np.isnan(others)
+    m = known.sum(1)
+    filled = np.where(known, others, 0.0)
+    mean = filled.sum(1) / np.maximum(m, 1)
+    squares = (np.where(known, others - mean[:, None], 0.0) ** 2).sum((0, 1))
+    has = (m > 0) & ~np.isnan(own)
+    readers, dof = has.sum(0), np.maximum(m - 1, 0).sum(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        difference = np.where(has, own - mean, 0.0).sum(0) / readers
+        factor = np.where(has, 1 + 1 / np.maximum(m, 1), 0.0).sum(0) / readers
+        spread = np.sqrt(squares / dof * factor)
+        t = difference / np.maximum(spread, 1e-12)
+    good = (dof >= 1) & (readers >= 1)
+    p = np.where(good, stats.t.sf(t, np.maximum(dof, 1)), np.nan)
+    bound = np.where(good, np.exp(stats.t.ppf(0.975, np.maximum(dof, 1)) * spread), np.nan)
+    return p, bound
