@@ -38,7 +38,9 @@ def modules() -> list[Path]:
 def imports(path: Path) -> list[str]:
     """Every module that a file imports at run time, inside functions too (TYPE_CHECKING blocks left out)."""
     tree = ast.parse(path.read_text())
-    hidden = {id(x) for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) for x in ast.walk(node)}
+    hidden = {
+        id(x) for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) for x in ast.walk(node)
+    }
     found = []
     for node in ast.walk(tree):
         if id(node) in hidden:
@@ -81,9 +83,7 @@ def test_every_room_is_on_a_floor() -> None:
 
 
 def test_importing_mechicl_loads_nothing_heavy() -> None:
-    code = (
-        "import sys, mechicl; heavy = {'torch', 'transformers', 'transformer_lens', 'nnsight', 'plotly', 'circuitsvis', 'pandas'} & set(sys.modules); print(sorted(heavy))"
-    )
+    code = "import sys, mechicl; heavy = {'torch', 'transformers', 'transformer_lens', 'nnsight', 'plotly', 'circuitsvis', 'pandas'} & set(sys.modules); print(sorted(heavy))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 

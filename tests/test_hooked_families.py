@@ -1,6 +1,6 @@
 """Every family, on a tiny random checkpoint with two pictures in the prompt: the promises of a hooked model, each held against another path."""
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import pytest
@@ -15,24 +15,29 @@ from mechicl.training.organisms import FAMILIES, build
 ADDITIVE = [f for f in FAMILIES if f not in ("gemma3", "paligemma2", "mllama")]
 
 
-@lru_cache(maxsize=None)
+@cache
 def hooked(family: str) -> HookedVLM:
     return HookedVLM(*build(family, preset="tiny"), name=family)
 
 
-@lru_cache(maxsize=None)
+@cache
 def prompt(family: str, rows: int = 1, side: str = "left") -> dict[str, Any]:
     """Two pictures of different size per row, and texts of different length, so that a batch is padded."""
     processor = hooked(family).processor
     texts = ["what is this", "what is this, and which of the two is the larger one?"][:rows]
     pictures = [[picture((64, 48), 2 * k), picture((56, 90), 2 * k + 1)] for k in range(rows)]
     if processor.chat_template:
-        chats = [[{"role": "user", "content": [*({"type": "image"} for _ in p), {"type": "text", "text": t}]}] for p, t in zip(pictures, texts, strict=True)]
+        chats = [
+            [{"role": "user", "content": [*({"type": "image"} for _ in p), {"type": "text", "text": t}]}]
+            for p, t in zip(pictures, texts, strict=True)
+        ]
         texts = [processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
         extra = {"add_special_tokens": False}
     else:
         texts, extra = [processor.image_token * 2 + t for t in texts], {}
-    out = processor(text=texts, images=pictures, return_tensors="pt", padding=True, padding_side=side, return_mm_token_type_ids=True, **extra)
+    out = processor(
+        text=texts, images=pictures, return_tensors="pt", padding=True, padding_side=side, return_mm_token_type_ids=True, **extra
+    )
     return {k: v for k, v in out.items() if k != "labels"}
 
 
@@ -139,7 +144,10 @@ def test_zeroing_a_head_equals_zeroing_its_slice_of_the_output_projection(family
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("point", ["attn.hook_pattern", "attn.hook_attn_scores", "attn.hook_q", "attn.hook_rot_k", "attn.hook_v", "hook_resid_mid", "hook_attn_out"])
+@pytest.mark.parametrize(
+    "point",
+    ["attn.hook_pattern", "attn.hook_attn_scores", "attn.hook_q", "attn.hook_rot_k", "attn.hook_v", "hook_resid_mid", "hook_attn_out"],
+)
 def test_an_edit_moves_the_logits_and_is_gone_afterwards(family: str, point: str) -> None:
     model, inputs = hooked(family), prompt(family)
     name = f"blocks.0.{point}"
@@ -212,7 +220,14 @@ def test_left_padding_changes_nothing(family: str) -> None:
     model = hooked(family)
     with torch.no_grad():
         alone, padded = model(prompt(family, 1)), model(prompt(family, 2))
-    if family in ("llava_next", "mllama", "idefics3", "smolvlm", "llava_onevision", "mistral3"):  # other rows' pictures are padded to this one's
+    if family in (
+        "llava_next",
+        "mllama",
+        "idefics3",
+        "smolvlm",
+        "llava_onevision",
+        "mistral3",
+    ):  # other rows' pictures are padded to this one's
         assert (alone[0] - padded[0]).abs().max() <= 1e-4 * alone.abs().max()
     else:
         assert (alone[0] - padded[0]).abs().max() <= 1e-5 * alone.abs().max()
