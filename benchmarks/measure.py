@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import platform
@@ -15,6 +16,7 @@ import torch
 def peak_memory(run: Callable[[], object]) -> float:
     """Largest resident memory during `run` above what was resident before, MB (Linux)."""
     gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier runs freed goes back first, else it would be used again uncounted
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # resets the high-water mark
     before = _status("VmRSS")
