@@ -59,6 +59,15 @@ def test_dtype_is_followed(folder: Path) -> None:
     assert cache["pattern", 0].dtype == torch.bfloat16
 
 
+def test_a_device_map_and_an_implementation_are_passed_on(folder: Path, model: HookedVLM) -> None:
+    loaded = load(folder, device_map="cpu", attn_implementation="eager")
+    assert loaded.describe()["attention"] == "eager"
+    inputs = picture_probe(loaded.processor)
+    with torch.no_grad():
+        assert torch.allclose(loaded(inputs), model(inputs), atol=1e-4)  # eager against sdpa
+        assert torch.allclose(loaded.attention_rows(inputs)[2], model.attention_rows(inputs)[2], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "error", "words"),
     [
