@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -23,6 +23,7 @@ POSITIONAL: Mapping[str, int] = {"attention_mask": 1, "token_type_ids": 0, "mm_t
 """Inputs with one number per token, and what a token of an appended answer gets. PaliGemma's renderer says otherwise (see `Renderer.continuation`)."""
 
 
+@runtime_checkable
 class Renders(Protocol):
     """Anything that turns episodes into a batch."""
 
