@@ -15,12 +15,14 @@ from mechicl.results import (
     Estimate,
     Head,
     HeadScores,
+    HeadSet,
     ICLAccuracy,
     PromptView,
     Provenance,
     RoleAttention,
     Score,
     Series,
+    Study,
 )
 
 PROVENANCE = Provenance(
@@ -184,3 +186,42 @@ def hostile_prompt() -> PromptView:
     bad = '</script><img src=x onerror="alert(1)">'
     view = prompt((bad, "kilu", bad, "kilu"), answer=bad)
     return replace(view, predicted="<b>kilu</b>", episode="<i>x</i>")
+
+
+def study(*, holds: bool = True) -> Study:
+    """A whole story that holds (redundant induction heads, necessary label-to-image heads), or one where nothing is found."""
+    scores = head_scores()
+    if not holds:
+        flat = {key: score(key, (), seed=k) for k, key in enumerate(scores.scores)}
+        sets = (HeadSet("induction", "induction", "Holm p < 0.05", (), "none", "no head passes its null."),)
+        return Study(
+            HeadScores(flat, 64, 2, (), PROVENANCE), HeadScores(flat, 64, 2, (), PROVENANCE), accuracy(0.27), {"labels permuted": estimate(0.25)}, sets, roles(),
+            (prompt(),), None, 64, 64, PROVENANCE,
+        )  # fmt: skip
+    rule = "Holm p < 0.05 and a score of at least 0.1"
+    sets = (
+        HeadSet(
+            "induction",
+            "induction",
+            rule,
+            INDUCTION,
+            "redundant",
+            "The set is needed; each head of it alone can be spared: redundant, not irrelevant.",
+            ablation(),
+            dose(),
+        ),
+        HeadSet("label-to-image", "ila", rule, ILA, "necessary", "The set is needed.", ablation(ILA, 0.24, 0.7), None),
+        HeadSet(
+            "previous-token",
+            "previous_token",
+            rule,
+            PREVIOUS,
+            "irrelevant",
+            "Off, it costs nothing that random heads do not cost.",
+            ablation(PREVIOUS, 0.96),
+            None,
+        ),
+    )
+    return Study(
+        scores, head_scores(), accuracy(), {"labels permuted": estimate(0.23)}, sets, roles(), (prompt(), prompt(answer="kilu", per_image=16)), series(), 64, 64, PROVENANCE
+    )  # fmt: skip

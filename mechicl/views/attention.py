@@ -129,7 +129,7 @@ def attention_view(
         stack.append(np.round(pattern[np.ix_(at, at)], 4).tolist())
     props = {
         "attention": stack, "attentionHeadNames": [name(h) for h in drawn], "tokens": _words(view, positions),
-        "maxValue": 1.0, "minValue": -1.0, "positiveColor": "#1f5fa8", "negativeColor": "#c9540f",
+        "maxValue": 1.0, "minValue": -1.0, "positiveColor": "#2f78bd", "negativeColor": "#cf5a14",
         "maskUpperTri": not any(np.triu(np.asarray(grid), 1).any() for grid in stack),
     }  # fmt: skip
     identifier = json.dumps(element_id).replace("<", "\\u003c")

@@ -100,7 +100,7 @@ def plot_pattern(view: PromptView, head: Head, *, positions: Sequence[int] | Non
         raise OptionError(
             f"head must be one of the patterns that were kept; got {head}, kept {sorted(view.patterns)}. Ask for it when the prompt view is made."
         )
-    hover = {p: role for p, role in enumerate(view.roles)}
+    hover = dict(enumerate(view.roles))
     return _figure(grids.pattern_grid(np.asarray(view.patterns[head]), view.tokens, head=head, positions=positions, hover=hover), dark)
 
 

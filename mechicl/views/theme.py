@@ -22,23 +22,23 @@ DIVERGING_DARK = [
 SEQUENTIAL = [[0.0, "#f8f7f4"], [0.15, "#dfe7ef"], [0.4, "#8fb7d8"], [0.7, "#2f79b5"], [1.0, "#08306b"]]
 SEQUENTIAL_DARK = [[0.0, "#1d2229"], [0.15, "#24384c"], [0.4, "#2b679b"], [0.7, "#5fa8e0"], [1.0, "#d5e9fa"]]
 
-INTACT = "#1f5fa8"
-CHOSEN = "#c9540f"
-SINGLE = "#b98a00"
+INTACT = "#2f78bd"
+CHOSEN = "#cf5a14"
+SINGLE = "#b58900"
 RANDOM = "#7d8793"
-CONTROL = "#00796b"
-CHANCE = "#a0456e"
-LINES = ("#1f5fa8", "#c9540f", "#00796b", "#a0456e", "#b98a00", "#5b5ea6", "#4d8c2b", "#7d8793")
+CONTROL = "#0f8f7e"
+CHANCE = "#b84a80"
+LINES = ("#2f78bd", "#cf5a14", "#0f8f7e", "#b84a80", "#b58900", "#5b5ea6", "#4d8c2b", "#7d8793")
 """Colours of the lines of a figure, in order; dashes tell them apart as well (`DASHES`)."""
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "solid", "dash")
 
 ROLE_COLOURS: dict[str, str] = {
-    "right label": "#1f5fa8",
-    "wrong label": "#c9540f",
-    "image": "#00796b",
+    "right label": "#2f78bd",
+    "wrong label": "#cf5a14",
+    "image": "#0f8f7e",
     "text": "#4d8c2b",
     "question": "#5b5ea6",
-    "instruction": "#a0456e",
+    "instruction": "#b84a80",
     "glue": "#8a929c",
     "pad": "#c5cad0",
 }

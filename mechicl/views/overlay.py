@@ -1,0 +1,325 @@
+"""Attention on the prompt itself: patches over the pictures' pixels, and the prompt laid out as cards of tokens with roles.
+
+Nothing here writes HTML: `strip` and `picture_grid` lay out plain data, the templates draw it (and escape it); `overlay_picture` paints a picture for use
+outside a page.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, UnidentifiedImageError
+
+from mechicl.errors import HeadIndexError, ImageError, NotFiniteError, OptionError
+from mechicl.results import Head, PromptView
+from mechicl.views.grids import name
+
+THUMBNAIL = 320
+"""Longest side of a picture in a page, pixels; boxes stay in the original's pixels."""
+
+PATTERN_LIMIT = 320
+"""Prompts up to this many tokens carry whole patterns (any token can be asked where it reads from); longer ones the last row only."""
+
+_GLOW = (207, 90, 20)
+
+
+@dataclass(frozen=True)
+class Patch:
+    """An image token over its pixels: its position in the prompt and its box in the picture."""
+
+    position: int
+    left: float
+    top: float
+    width: float
+    height: float
+    share: float = 0.0
+    glow: float = 0.0
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture with its patches. `uri` is a data: address; `kind` is "right", "wrong" or "query"."""
+
+    index: int
+    uri: str
+    width: int
+    height: int
+    label: str
+    kind: str
+    patches: tuple[Patch, ...]
+    share: float = 0.0
+
+    @property
+    def pixelated(self) -> bool:
+        """Small pictures are drawn with sharp pixels."""
+        return max(self.width, self.height) <= 64
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token as it is shown. `kind` is its role, with labels split into "right label" and "wrong label"."""
+
+    position: int
+    text: str
+    kind: str
+    breaks: bool = False
+
+
+@dataclass(frozen=True)
+class Card:
+    """A stretch of the prompt: the instruction, an exemplar or the query. `pieces` are tokens and pictures in prompt order."""
+
+    title: str
+    kind: str
+    label: str
+    pieces: tuple[Token | Picture, ...]
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A prompt ready to be drawn, with the attention that can be shown on it.
+
+    `data` is what the page's script reads: the heads' names and, base64 of little-endian uint16 in units of 1/65535, their patterns' rows.
+    """
+
+    episode: str
+    answer: str
+    predicted: str
+    n_tokens: int
+    cards: tuple[Card, ...]
+    heads: tuple[str, ...]
+    kinds: tuple[str, ...]
+    data: dict[str, object]
+
+    @property
+    def correct(self) -> bool:
+        """The model's choice is the answer."""
+        return self.answer == self.predicted
+
+
+def attention_row(view: PromptView, head: Head, dest: int | None = None) -> np.ndarray:
+    """Attention of one token, by default the last, onto all tokens.
+
+    Raises:
+        HeadIndexError: nothing was kept for this head.
+        OptionError: another row than the last is asked of a head without a pattern; or the row has another length than the prompt.
+        NotFiniteError: the row holds a NaN or an infinity.
+    """
+    n = len(view.tokens)
+    if dest is None and head in view.rows:
+        row = np.asarray(view.rows[head], dtype=float)
+    elif head in view.patterns:
+        row = np.asarray(view.patterns[head], dtype=float)[-1 if dest is None else dest]
+    elif head in view.rows:
+        raise OptionError(
+            f"dest must be the last token for head {name(head)}; got {dest}. Keep its whole pattern when the prompt view is made."
+        )
+    else:
+        raise HeadIndexError(
+            f"head must be one that was kept; got {name(head)}, kept {[name(h) for h in sorted({*view.rows, *view.patterns})]}. Ask for it earlier."
+        )
+    if row.shape != (n,):
+        raise OptionError(f"attention must have one number per token ({n}); got {list(row.shape)}. Pass the row of this very prompt.")
+    if not np.isfinite(row).all():
+        raise NotFiniteError(
+            f"attention of head {name(head)} must be finite; got {row[~np.isfinite(row)][0]}. Look for an overflow with `mechicl doctor`."
+        )
+    return row
+
+
+def open_picture(data: bytes) -> Image.Image:
+    """The picture in these bytes.
+
+    Raises:
+        ImageError: the bytes are not a picture.
+    """
+    try:
+        return Image.open(io.BytesIO(data)).convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise ImageError(
+            f"images must be PNG or JPEG bytes; got {len(data)} bytes that do not open. Save the pictures with PIL first."
+        ) from error
+
+
+def overlay_picture(
+    view: PromptView, head: Head, image: int, *, dest: int | None = None, scale: float | None = None, size: int = 224
+) -> Image.Image:
+    """The picture in grey with each patch tinted by the attention it gets.
+
+    Args:
+        view: The prompt.
+        head: The head that looks.
+        image: Index of the picture in the prompt.
+        dest: Token that reads; by default the last one (the one that predicts the answer).
+        scale: Attention that gets the full tint; by default the largest patch of the prompt for this head.
+        size: Longest side of the result, pixels.
+
+    Returns:
+        A new picture; patches without attention stay grey.
+
+    Raises:
+        OptionError: no such picture, or its patches are unknown.
+    """
+    if not 0 <= image < len(view.images) or not view.image_boxes[image]:
+        raise OptionError(
+            f"image must be one of the {len(view.images)} pictures with known patches; got {image}. Families without image tokens have none."
+        )
+    row = attention_row(view, head, dest)
+    top = scale or max((float(row[p]) for box in view.image_boxes for p in box), default=0.0) or 1.0
+    picture = open_picture(view.images[image])
+    factor = size / max(picture.size)
+    new = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
+    base = (
+        picture.convert("L")
+        .convert("RGB")
+        .resize(new, Image.Resampling.NEAREST if max(picture.size) <= 64 else Image.Resampling.BICUBIC)
+        .convert("RGBA")
+    )
+    glow = Image.new("RGBA", base.size, (0, 0, 0, 0))
+    draw = ImageDraw.Draw(glow)
+    for position, box in view.image_boxes[image].items():
+        left, upper, right, lower = (round(v * factor) for v in box)
+        alpha = round(215 * min(1.0, float(row[position]) / top))
+        draw.rectangle((left, upper, max(left, right - 1), max(upper, lower - 1)), fill=(*_GLOW, alpha))
+    return Image.alpha_composite(base, glow).convert("RGB")
+
+
+def _uri(picture: Image.Image) -> str:
+    """The picture, shrunk, as a data: address. Small ones as PNG, photographs as JPEG."""
+    out = io.BytesIO()
+    if max(picture.size) <= 128:
+        picture.save(out, "PNG")
+        return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    picture.save(out, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def pictures(view: PromptView, rows: Sequence[np.ndarray] | None = None) -> tuple[Picture, ...]:
+    """Every picture of the prompt with its patches; with `rows` (one per picture) the attention each patch gets (`glow`: relative to the largest)."""
+    boxes = [view.image_boxes[k] if k < len(view.image_boxes) else {} for k in range(len(view.images))]
+    shares = [{p: float(rows[k][p]) if rows is not None else 0.0 for p in box} for k, box in enumerate(boxes)]
+    top = max((v for share in shares for v in share.values()), default=0.0) or 1.0
+    out = []
+    for k, (data, box, share) in enumerate(zip(view.images, boxes, shares, strict=True)):
+        picture = open_picture(data)
+        width, height = picture.size
+        shot = _shot(view, k)
+        label = "" if not box else view.labels[min(box)]
+        kind = "query" if shot == -1 else "right" if label == view.answer else "wrong"
+        patches = tuple(Patch(p, x0, y0, x1 - x0, y1 - y0, share[p], share[p] / top) for p, (x0, y0, x1, y1) in sorted(box.items()))
+        out.append(Picture(k, _uri(picture), width, height, label, kind, patches, sum(share.values())))
+    return tuple(out)
+
+
+def _shot(view: PromptView, image: int) -> int:
+    """The shot a picture belongs to; -1 is the query (pictures without patches: the last one)."""
+    box = view.image_boxes[image] if image < len(view.image_boxes) else {}
+    return view.shots[min(box)] if box else (-1 if image == len(view.images) - 1 else -2)
+
+
+@dataclass(frozen=True)
+class OverlayRow:
+    """One head over all pictures. `reader` says which token reads; `top` is the attention of the brightest patch."""
+
+    head: str
+    reader: str
+    top: float
+    pictures: tuple[Picture, ...]
+
+
+def picture_grid(view: PromptView, heads: Sequence[Head], *, own_label: Collection[Head] = ()) -> list[OverlayRow]:
+    """The prompt's pictures under each head's attention.
+
+    Args:
+        view: The prompt.
+        heads: Which heads, in order.
+        own_label: For these heads each picture is read by the tokens of its own example's label (their mean) where whole patterns are kept; the
+            query's pictures, and everything else, by the last token.
+    """
+    out = []
+    for head in heads:
+        last = attention_row(view, head)
+        rows, own = [last] * len(view.images), head in own_label and head in view.patterns
+        for k in range(len(view.images) if own else 0):
+            readers = [p for p, (s, role) in enumerate(zip(view.shots, view.roles, strict=True)) if role == "label" and s == _shot(view, k)]
+            if readers:
+                rows[k] = np.mean([attention_row(view, head, p) for p in readers], axis=0)
+        drawn = pictures(view, rows)
+        top = max((p.share for q in drawn for p in q.patches), default=0.0)
+        out.append(OverlayRow(name(head), "each picture read by its own label" if own else "read by the last token", top, drawn))
+    return out
+
+
+def token_kind(view: PromptView, position: int) -> str:
+    """A token's role, with labels split by whether they are the answer's."""
+    role = view.roles[position]
+    if role == "label":
+        return "right label" if view.labels[position] == view.answer else "wrong label"
+    return role
+
+
+def _cards(view: PromptView) -> list[tuple[int, list[int]]]:
+    """Positions grouped by shot; glue goes with what follows it, at the end with what came before."""
+    groups: list[tuple[int, list[int]]] = []
+    waiting: list[int] = []
+    for p, (shot, role) in enumerate(zip(view.shots, view.roles, strict=True)):
+        if shot == -2 and role != "instruction":
+            waiting.append(p)
+        elif groups and groups[-1][0] == shot:
+            groups[-1][1].extend([*waiting, p])
+            waiting = []
+        else:
+            groups.append((shot, [*waiting, p]))
+            waiting = []
+    if waiting and groups:
+        groups[-1][1].extend(waiting)
+    elif waiting:
+        groups.append((-2, waiting))
+    return groups
+
+
+def strip(view: PromptView, heads: Sequence[Head] = ()) -> Strip:
+    """The whole prompt as cards, with the attention of `heads` for the page's script.
+
+    Raises:
+        HeadIndexError: nothing was kept for a head.
+        ImageError: a picture does not open.
+    """
+    drawn = pictures(view)
+    home = {patch.position: picture for picture in drawn for patch in picture.patches}
+    cards: list[Card] = []
+    placed: set[int] = set()
+    for shot, positions in _cards(view):
+        pieces: list[Token | Picture] = []
+        for p in positions:
+            if p not in home:
+                text = view.tokens[p]
+                pieces.append(Token(p, text.replace("\n", "↵").strip(" ") or "␣", token_kind(view, p), "\n" in text))
+            elif home[p].index not in placed:
+                placed.add(home[p].index)
+                pieces.append(home[p])
+        own = [view.labels[p] for p in positions if view.shots[p] == shot and view.labels[p]]
+        label = own[0] if own else ""
+        title = "query" if shot == -1 else f"example {shot + 1}" if shot >= 0 else "instruction"
+        kind = "query" if shot == -1 else "other" if shot < 0 else "right" if label == view.answer else "wrong"
+        cards.append(Card(title, kind, label, tuple(pieces)))
+    kinds = tuple(token_kind(view, p) for p in range(len(view.tokens)))
+    return Strip(
+        view.episode, view.answer, view.predicted, len(view.tokens), tuple(cards), tuple(name(h) for h in heads), tuple(dict.fromkeys(kinds)), _payload(view, heads, kinds)
+    )  # fmt: skip
+
+
+def _payload(view: PromptView, heads: Sequence[Head], kinds: Sequence[str]) -> dict[str, object]:
+    n = len(view.tokens)
+    rows = {}
+    for head in heads:
+        last = attention_row(view, head)
+        whole = np.asarray(view.patterns[head], dtype=float) if head in view.patterns and n <= PATTERN_LIMIT else last[None]
+        packed = np.rint(np.clip(np.nan_to_num(whole), 0, 1) * 65535).astype("<u2")
+        rows[name(head)] = {"n": int(packed.shape[0]), "rows": base64.b64encode(packed.tobytes()).decode()}
+    return {"n": n, "kinds": list(kinds), "tokens": list(view.tokens), "heads": rows}
