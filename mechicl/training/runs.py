@@ -1,0 +1,177 @@
+"""A run's folder: what it was asked for, what it measured, and checkpoints it can be continued from to the same bits.
+
+    config.json            what was asked for; a run with another configuration is refused
+    metrics.jsonl          one line per measurement
+    state.safetensors      the newest weights and optimizer moments, with the counters in the header
+    steps/<step>.json      measures of earlier checkpoints
+No pickle anywhere. Every file is written under a temporary name, flushed and renamed, so a run killed at any moment leaves a whole one behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mechicl.errors import CheckpointError, OutputPathError
+
+STATE = "state.safetensors"
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder."""
+
+    folder: Path
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str], config: Mapping[str, Any], *, resume: bool) -> Run:
+        """Start a run in an empty or new folder, or find one to continue.
+
+        Args:
+            config: Everything that decides the run's numbers, JSON values.
+            resume: Continue what is in the folder; a folder without a run is started.
+
+        Raises:
+            OutputPathError: the folder cannot be written, or holds something and `resume` is not set.
+            CheckpointError: the folder's run has another configuration, or its configuration cannot be read.
+        """
+        path = Path(folder)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputPathError(f"out must be a folder that can be written; got {path} ({error.strerror}). Choose another place.") from error
+        run = cls(path)
+        wanted = json.loads(json.dumps(config))
+        if (path / CONFIG).exists():
+            if not resume:
+                raise OutputPathError(f"out must be an empty folder; {path} holds a run. Pass resume=True to continue it, or choose another folder.")
+            compare(read_json(path / CONFIG), wanted, path)
+        elif any(path.iterdir()):
+            raise OutputPathError(f"out must be an empty folder or a run's folder; {path} holds other files. Choose another folder.")
+        else:
+            write_text(path / CONFIG, json.dumps(wanted, indent=1, sort_keys=True) + "\n")
+        return run
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, counters: Mapping[str, Any]) -> None:
+        """Replace the checkpoint."""
+        from safetensors.torch import save
+
+        tensors = {f"model.{name}": value.detach().contiguous().clone() for name, value in model.state_dict().items()}
+        for name, parameter in model.named_parameters():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = value.detach().contiguous().clone()
+        write_bytes(self.folder / STATE, save(tensors, {"counters": json.dumps(counters)}))
+
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+        """Put the checkpoint back and return its counters; None where none was written yet.
+
+        Raises:
+            CheckpointError: the file is damaged or belongs to another model.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = self.folder / STATE
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                counters = json.loads((file.metadata() or {})["counters"])
+            model.load_state_dict({n.removeprefix("model."): v for n, v in tensors.items() if n.startswith("model.")})
+        except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{STATE} must be a whole checkpoint of this run; reading {path} failed: {str(error).splitlines()[0]}. Delete the folder and start again."
+            ) from error
+        for name, parameter in model.named_parameters():
+            keys = {n.split(".")[1] for n in tensors if n.startswith("optimizer.") and n.split(".", 2)[2] == name}
+            if keys:
+                optimizer.state[parameter] = {key: tensors[f"optimizer.{key}.{name}"] for key in keys}
+        self.trim(int(counters["step"]))
+        return counters
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Append a measurement."""
+        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def lines(self) -> list[dict[str, Any]]:
+        """All measurements so far; a line that a kill cut off is left out."""
+        path = self.folder / METRICS
+        if not path.exists():
+            return []
+        out = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                out.append(json.loads(line))
+            except ValueError:
+                break
+        return out
+
+    def trim(self, step: int) -> None:
+        """Forget measurements made after a checkpoint: they are made again."""
+        kept = [line for line in self.lines() if line["step"] <= step]
+        write_text(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def compare(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
+    """Refuse to continue a run under another configuration.
+
+    Raises:
+        CheckpointError: an entry differs.
+    """
+    different = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
+    if different:
+        key = different[0]
+        raise CheckpointError(
+            f"{key} must be what the run in {path} was started with, {short(found.get(key))}; got {short(wanted.get(key))}. "
+            "Use the same options, or another folder."
+        )
+
+
+def short(value: Any) -> str:
+    """A value for an error message."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a run.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path.name} must be readable JSON; {path} is not ({error}). Delete the folder and start again.") from error
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write under a temporary name, flush, rename."""
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write under a temporary name, flush, rename."""
+    write_bytes(path, text.encode())
+
+
+def same_tensors(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether two sets of tensors are equal bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

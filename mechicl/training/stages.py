@@ -1,0 +1,129 @@
+"""The curriculum: each stage goes on until fixed probe episodes are answered, then the next begins.
+
+Repeated sequences first, because copying what followed an earlier token is all that in-context learning needs and pictures hide it; then words as
+items, then pictures in place of words, then everything at once with a falling step size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from mechicl.errors import OptionError
+from mechicl.training.assembly import Shape
+from mechicl.training.tasks import Choice
+
+Preset = Literal["demo", "micro"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Fixed held-out episodes that say whether a stage is done. `shape` None: repeated sequences."""
+
+    name: str
+    shape: Shape | None
+    glyphs: float = 0.5
+    n: int = 64
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training.
+
+    It ends when the probe `probe` reaches `criterion` (share of full labels right), at the latest after `cap` steps. With `decay` it runs all its
+    `cap` steps while the step size falls along a cosine.
+    """
+
+    name: str
+    choices: tuple[Choice, ...]
+    probe: Probe
+    criterion: float
+    cap: int
+    decay: bool = False
+    every: int = 50
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A preset: the stages and the optimizer's settings. `tokens`: size of a training batch."""
+
+    stages: tuple[Stage, ...]
+    learning_rate: float = 2e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    warmup: int = 50
+    tokens: int = 4096
+    growth_points: int = 24
+    checkpoint_every: int = 200
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON values."""
+        return asdict(self)
+
+
+TOLD = {"instruction": "Answer with a single word.", "question": "What is this?"}
+"""What `mechicl.data` asks by default."""
+
+REPEATS = Probe("repeated sequences", None)
+WORDS = Probe("words 4 x 2", Shape(4, 2, size=0, words=True))
+PICTURES = Probe("pictures 4 x 2", Shape(4, 2, size=28, **TOLD), glyphs=0.0)
+MANY = Probe("pictures 8 x 1", Shape(8, 1, size=28, **TOLD), glyphs=0.0)
+LARGE = Probe("larger pictures 4 x 2", Shape(4, 2, size=56, **TOLD), glyphs=0.0)
+PENS = Probe("pen strokes 4 x 2", Shape(4, 2, size=28, **TOLD), glyphs=1.0)
+
+REPEAT = Choice(1.0, "repeat")
+WORDS_ONLY = Choice(1.0, n_classes=(2, 3, 4), n_shots=(1, 2), sizes=(0,))
+
+
+def demo(wide: int = 3000) -> Plan:
+    """The bundled model's plan. `wide`: steps of the last stage."""
+    few = Choice(0.15, n_classes=(4,), n_shots=(2,), sizes=(0,), instructed=0.3)
+    both = Choice(0.20, n_classes=(4,), n_shots=(2,), sizes=(28,), words=(True,), instructed=0.3)
+    seen = Choice(0.65, n_classes=(4,), n_shots=(2,), sizes=(28,), glyphs=0.25, instructed=0.3)
+    everything = (
+        Choice(0.03, "repeat"),
+        Choice(0.06, n_classes=(2, 4, 6, 8), n_shots=(1, 2, 3), sizes=(0,), instructed=0.5),
+        Choice(0.06, n_classes=(2, 4, 6), n_shots=(1, 2), sizes=(28, 56), words=(True,), instructed=0.5),
+        Choice(0.30, n_classes=(3, 4, 5), n_shots=(2,), sizes=(28,), glyphs=0.35, instructed=0.5),
+        Choice(0.20, n_classes=(6, 8), n_shots=(1,), sizes=(28,), glyphs=0.25, instructed=0.5),
+        Choice(0.10, n_classes=(2, 3, 4, 6, 8), n_shots=(1, 2, 3, 4), sizes=(28,), glyphs=0.35, instructed=0.5),
+        Choice(0.20, n_classes=(2, 4, 6, 8), n_shots=(1, 2), sizes=(56,), glyphs=0.25, instructed=0.6),
+        Choice(0.05, n_classes=(2, 4), n_shots=(1, 2), sizes=(84, 112), glyphs=0.25, instructed=0.6),
+    )
+    return Plan(
+        (
+            Stage("repeated sequences", (REPEAT,), REPEATS, 0.95, 3000),
+            Stage("words", (WORDS_ONLY, Choice(0.25, "repeat")), WORDS, 0.97, 4000),
+            Stage("pictures", (few, both, seen), PICTURES, 0.90, 3000),
+            Stage("everything", everything, PICTURES, 1.1, wide, decay=True, every=100),
+        )
+    )
+
+
+def micro() -> Plan:
+    """Seconds: for tests of the machinery, too short to learn anything."""
+    tiny = Choice(1.0, n_classes=(2,), n_shots=(1,), sizes=(28,))
+    return Plan(
+        (
+            Stage("repeated sequences", (REPEAT,), Probe("repeated sequences", None, n=8), 1.1, 4, every=2),
+            Stage("words", (Choice(1.0, n_classes=(2,), n_shots=(1,), sizes=(0,)),), Probe("words", Shape(2, 1, 0, True), n=8), 1.1, 4, every=2),
+            Stage("pictures", (tiny,), Probe("pictures", Shape(2, 1), n=8), 1.1, 6, decay=True, every=2),
+        ),
+        tokens=256,
+        growth_points=4,
+        checkpoint_every=2,
+        warmup=2,
+    )
+
+
+def plan(preset: str) -> Plan:
+    """The plan of a preset.
+
+    Raises:
+        OptionError: there is no such preset.
+    """
+    plans = {"demo": demo, "micro": micro}
+    if preset not in plans:
+        raise OptionError(f"preset must be one of {', '.join(plans)}; got {preset!r}. Use 'demo' for a model that learns from examples.")
+    return plans[preset]()
