@@ -47,7 +47,7 @@ def draw_pictures(
         OptionError: a digit, size or style that does not exist.
     """
     wanted = np.asarray(digits, dtype=np.int64)
-    if wanted.size and not (0 <= wanted.min() and wanted.max() <= 9):
+    if wanted.size and not (wanted.min() >= 0 and wanted.max() <= 9):
         raise OptionError(f"digits must be in 0..9; got {wanted.tolist()}. Pick among the ten.")
     if size < 8:
         raise OptionError(f"size must be at least 8 pixels; got {size}. Draw larger pictures.")

@@ -13,7 +13,7 @@ from torch import Tensor
 from mechicl.errors import ContextLengthError, ImageError, RenderError
 from mechicl.prompts.batch import Batch, Box
 from mechicl.prompts.episode import Episode
-from mechicl.prompts.patches import image_boxes
+from mechicl.prompts.patches import Picture, image_boxes
 from mechicl.prompts.spans import QUERY, Span, runs
 from mechicl.prompts.template import Laid, Piece, Template, check_texts
 
@@ -106,7 +106,7 @@ class Renderer:
             answers=tuple(episode.candidates.index(episode.answer) for episode in episodes),
             candidates=tuple(episode.candidates for episode in episodes),
             candidate_ids=candidate_ids,
-            patches=tuple(self._patches(row, sizes) for row, sizes in zip(spans, ([p.size for p in few] for few in pictures), strict=True)),
+            patches=self._patches(spans, pictures, inputs),
             episodes=tuple(episodes),
             ids=tuple(episode.id for episode in episodes),
             renderer=self,
@@ -243,12 +243,19 @@ class Renderer:
                     f"{name}: the processor's tokens must be those of the rendered text; they differ, so roles would be guesses. Report the family."
                 )
 
-    def _patches(self, spans: Sequence[Span], sizes: Sequence[tuple[int, int]]) -> tuple[Mapping[int, Box], ...]:
-        every: list[Mapping[int, Box]] = []
-        for k, size in enumerate(sizes):
-            where = [pos for span in spans if span.role == "image" and span.image == k for pos in range(span.start, span.stop)]
-            boxes = image_boxes(self.processor, self.config, size, len(where), n_images=len(sizes))
-            every.append({pos: box for pos, box in zip(where, boxes, strict=False) if box is not None})
+    def _patches(
+        self, spans: Sequence[Sequence[Span]], pictures: Sequence[Sequence[Image.Image]], inputs: Mapping[str, Any]
+    ) -> tuple[tuple[Mapping[int, Box], ...], ...]:
+        every: list[tuple[Mapping[int, Box], ...]] = []
+        index = 0
+        for row, few in zip(spans, pictures, strict=True):
+            mine: list[Mapping[int, Box]] = []
+            for k, image in enumerate(few):
+                where = [pos for span in row if span.role == "image" and span.image == k for pos in range(span.start, span.stop)]
+                boxes = image_boxes(Picture(*image.size, len(where), len(few), index, inputs, self.processor, self.config))
+                mine.append({pos: box for pos, box in zip(where, boxes, strict=False) if box is not None})
+                index += 1
+            every.append(tuple(mine))
         return tuple(every)
 
 
