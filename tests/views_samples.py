@@ -44,7 +44,7 @@ PREVIOUS: tuple[Head, ...] = ((0, 3),)
 def estimate(value: float, n: int = 64, unit: str = "probability") -> Estimate:
     half = 1.96 * np.sqrt(max(value * (1 - value), 0.004) / n) if unit == "probability" else 0.3
     low, high = (max(0.0, value - half), min(1.0, value + half)) if unit == "probability" else (value - half, value + half)
-    return Estimate(value, low, high, n, unit)
+    return Estimate(float(value), float(low), float(high), n, unit)
 
 
 def score(name: str, heads: tuple[Head, ...], shape: tuple[int, int] = (3, 4), n: int = 64, seed: int = 0, high: float = 0.8) -> Score:

@@ -68,7 +68,7 @@ def _cells(score: Score, *, x: str = "x", y: str = "y", text: bool = True, size:
     )
     grid: Spec = {
         "type": "heatmap", "z": score.value, "customdata": extra, "hovertemplate": hover, "hoverongaps": False, "coloraxis": "coloraxis", "xgap": 2, "ygap": 2,
-        "xaxis": x, "yaxis": y, "name": score.name,
+        "xaxis": x, "yaxis": y, "name": words(score.name),
     }  # fmt: skip
     if text and max(score.value.shape) <= 16:
         grid |= {"texttemplate": "%{z:.2f}", "textfont": {"size": size}}

@@ -212,7 +212,7 @@ def pictures(view: PromptView, rows: Sequence[np.ndarray] | None = None) -> tupl
         label = "" if not box else view.labels[min(box)]
         kind = "query" if shot == -1 else "right" if label == view.answer else "wrong"
         patches = tuple(Patch(p, x0, y0, x1 - x0, y1 - y0, share[p], share[p] / top) for p, (x0, y0, x1, y1) in sorted(box.items()))
-        out.append(Picture(k, _uri(picture), width, height, label, kind, patches, sum(share.values())))
+        out.append(Picture(k, _uri(picture), width, height, label, kind, patches, sum(share.values(), 0.0)))
     return tuple(out)
 
 

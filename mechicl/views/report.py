@@ -182,7 +182,7 @@ def _scores(study: Study) -> list[Block]:
     out = []
     for key, score in study.scores.scores.items():
         figure = plots.plot(score, n_key_value_heads=study.scores.n_key_value_heads)
-        part = frame[frame["score"] == key].sort_values("value", ascending=False, kind="stable")
+        part = frame.loc[frame["score"] == key].sort_values(by="value", ascending=False, kind="stable")
         out.append(_block(f"score-{len(out)}", key.replace("_", " "), figure, story.about_score(score), part))
     return out
 

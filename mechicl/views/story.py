@@ -103,7 +103,7 @@ def heads_in_words(heads: Sequence[Head], limit: int = 12) -> str:
 def learns(accuracy: ICLAccuracy) -> bool:
     """The interval of the accuracy lies above chance and above the zero-shot control's interval."""
     bar = max(accuracy.chance, accuracy.zero_shot.high if accuracy.zero_shot is not None else 0.0)
-    return accuracy.accuracy.low > bar
+    return bool(accuracy.accuracy.low > bar)
 
 
 def headline(study: Study) -> str:

@@ -1,0 +1,303 @@
+"""The report: opens from disk with no network and no error, shows the result's numbers, escapes every word from data, is the same bytes every time."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import views_samples as samples
+
+from mechicl.errors import OutputPathError
+from mechicl.results import HeadSet, Study
+from mechicl.views import story
+from mechicl.views.report import LIMIT_BYTES, ReportContent, check_writable, render_report, write_report
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+
+
+class Page(HTMLParser):
+    """Every tag with its attributes, every script's and style's text, and the text a reader sees."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.text: list[str] = []
+        self.scripts: list[tuple[dict[str, str], str]] = []
+        self.inside: str | None = None
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {k: v or "" for k, v in attrs}))
+        self.inside = tag if tag in ("script", "style") else None
+        if tag == "script":
+            self.scripts.append((self.tags[-1][1], ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = None
+
+    def handle_data(self, data: str) -> None:
+        if self.inside == "script":
+            attrs, text = self.scripts[-1]
+            self.scripts[-1] = (attrs, text + data)
+        elif self.inside is None:
+            self.text.append(data)
+
+    @property
+    def words(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.text))
+
+    def csv(self, file: str) -> pd.DataFrame:
+        (uri,) = [a["href"] for tag, a in self.tags if tag == "a" and a.get("download") == file]
+        return pd.read_csv(io.BytesIO(base64.b64decode(uri.split(",", 1)[1])))
+
+    def figure(self, identifier: str) -> dict:
+        (text,) = [t for a, t in self.scripts if a.get("data-for") == identifier]
+        return json.loads(text)
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    return samples.study()
+
+
+@pytest.fixture(scope="module")
+def html(study: Study) -> str:
+    return render_report(ReportContent(study, command="mechicl report --model demo"))
+
+
+@pytest.fixture(scope="module")
+def page(html: str) -> Page:
+    return Page(html)
+
+
+def browse(path: Path, tmp_path: Path, *flags: str) -> tuple[str, list[str]]:
+    """The page's DOM after its scripts ran, and what it wrote to the console, in a browser that can reach no network."""
+    assert CHROMIUM is not None
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+        "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--log-level=0",
+        "--virtual-time-budget=20000", "--window-size=1440,1200", *flags, path.as_uri(),
+    ]  # fmt: skip
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return run.stdout, [line for line in run.stderr.splitlines() if ":CONSOLE" in line]
+
+
+@needs_browser
+def test_it_opens_in_a_browser_without_a_network_and_draws_everything(html: str, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.write_text(html, encoding="utf-8")
+    dom, console = browse(path, tmp_path, "--dump-dom")
+    assert console == []
+    assert 'data-ready="true"' in dom
+    drawn = set(re.findall(r'<div class="plot js-plotly-plot" id="([\w-]+)"', dom))
+    hidden = {f"score-{k}" for k in range(1, 5)}  # tabs that nobody opened yet
+    assert set(re.findall(r'data-for="([\w-]+)"', html)) - drawn == hidden
+    assert dom.count('class="main-svg"') >= len(drawn)
+    patterns = dom[dom.index('id="patterns-0"') :]
+    assert "<canvas" in patterns[:20000]  # circuitsvis drew
+
+
+@needs_browser
+def test_the_browser_test_can_fail(html: str, tmp_path: Path) -> None:
+    path = tmp_path / "broken.html"
+    path.write_text(html.replace("</body>", '<script>fetch("http://localhost/x"); missing()</script></body>'), encoding="utf-8")
+    _, console = browse(path, tmp_path, "--dump-dom")
+    assert any("missing is not defined" in line for line in console)
+    assert any("Content Security Policy" in line for line in console)  # the page forbids itself every request
+
+
+@needs_browser
+def test_hostile_labels_run_nothing_in_the_browser(tmp_path: Path) -> None:
+    study = replace(samples.study(), prompts=(samples.hostile_prompt(),))
+    path = write_report(tmp_path / "hostile.html", ReportContent(study, title='"><script>alert(1)</script>'))
+    dom, console = browse(path, tmp_path, "--dump-dom")
+    assert console == []
+    assert 'data-ready="true"' in dom
+    assert not [a for tag, a in Page(dom).tags if "onerror" in a]
+
+
+def test_nothing_outside_the_file_is_named(page: Page) -> None:
+    for tag, attrs in page.tags:
+        for key in ("src", "href", "action", "srcset", "poster", "data"):
+            if key in attrs:
+                assert attrs[key].startswith(("#", "data:")), (tag, key, attrs[key][:80])
+        assert "@import" not in attrs.get("style", "")
+        assert "url(" not in attrs.get("style", "")
+    policy = next(a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert "default-src 'none'" in policy
+    assert "connect-src 'none'" in policy
+
+
+def test_labels_that_look_like_html_stay_text() -> None:
+    study = replace(samples.study(), prompts=(samples.hostile_prompt(),), notes=("<script>note()</script>",))
+    clean, dirty = Page(render_report(ReportContent(samples.study(), max_prompts=1))), Page(render_report(ReportContent(study)))
+    assert not [a for _, a in dirty.tags if "onerror" in a]
+    assert [t for t, _ in dirty.tags if t == "i"] == [t for t, _ in clean.tags if t == "i"] == []
+    assert len(dirty.scripts) == len(clean.scripts)  # no script more than without them
+    assert "<script>note()</script>" in dirty.words
+    assert 'onerror="alert(1)"' in dirty.words  # the reader sees what the label is
+
+
+def test_it_is_one_small_file_and_the_same_bytes_every_time(html: str, study: Study) -> None:
+    assert len(html.encode()) < LIMIT_BYTES == 12_000_000
+    assert render_report(ReportContent(study, command="mechicl report --model demo")) == html
+    assert html.count("Plotly.js v") <= 1 or html.count("plotly.js v") <= 1
+
+
+def test_figures_in_the_page_carry_the_results_numbers(page: Page, study: Study) -> None:
+    def array(value) -> np.ndarray:
+        if isinstance(value, dict):
+            flat = np.frombuffer(base64.b64decode(value["bdata"]), dtype=value["dtype"])
+            return flat.reshape([int(n) for n in value["shape"].split(",")]) if "shape" in value else flat
+        return np.asarray(value, dtype=float)
+
+    np.testing.assert_array_equal(array(page.figure("score-0")["data"][0]["z"]), study.scores["induction"].value)
+    dose = study.sets[0].dose
+    assert dose is not None
+    np.testing.assert_array_equal(array(page.figure("dose-0")["data"][3]["y"]), [a.value for a in dose.accuracy])
+    assert study.growth is not None
+    np.testing.assert_array_equal(array(page.figure("growth")["data"][2]["y"]), study.growth.values["accuracy"])
+
+
+def test_csv_downloads_hold_the_results_numbers_exactly(page: Page, study: Study) -> None:
+    scores = page.csv("mechicl_scores.csv")
+    np.testing.assert_array_equal(scores["value"], study.scores.to_frame()["value"])
+    np.testing.assert_array_equal(scores["p_corrected"], study.scores.to_frame()["p_corrected"])
+    per_prompt = page.csv("mechicl_accuracy_per_prompt.csv")
+    np.testing.assert_array_equal(per_prompt["margin_nats"], study.accuracy.margins)
+    accuracy = page.csv("mechicl_accuracy.csv").set_index("measure")
+    assert accuracy.loc["accuracy", "value"] == study.accuracy.accuracy.value
+    assert accuracy.loc["labels permuted", "value"] == study.controls["labels permuted"].value
+    ablation = page.csv("mechicl_ablation_0.csv")
+    cells = study.sets[0].ablation
+    assert cells is not None
+    assert ablation.loc[ablation["kind"] == "chosen", "accuracy"].item() == cells.chosen.accuracy.value
+    assert ablation.loc[ablation["kind"] == "intact", "accuracy"].item() == cells.intact.accuracy.value
+    np.testing.assert_array_equal(page.csv("mechicl_attention_by_role.csv")["value"], study.roles.value.ravel())
+    assert study.growth is not None
+    assert len(page.csv("mechicl_growth.csv")) == len(study.growth.to_frame())
+
+
+def test_every_figure_says_what_it_shows_how_it_misleads_and_on_how_many_prompts(html: str, page: Page) -> None:
+    figures = len(re.findall(r"data-for=", html)) + 2  # and the pictures, and the token view
+    assert page.words.count("What this shows.") == figures
+    assert page.words.count("How it can mislead.") == figures
+    assert html.count('<p class="claim">') == figures
+
+
+def test_sections_headings_and_keyboard(page: Page) -> None:
+    targets = {a["href"][1:] for tag, a in page.tags if tag == "a" and a["href"].startswith("#")}
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    assert targets <= set(ids)
+    assert {
+        "summary",
+        "prompt",
+        "accuracy-and-controls",
+        "head-scores",
+        "by-role",
+        "pictures",
+        "patterns",
+        "proof",
+        "growth-section",
+        "provenance",
+        "definitions",
+    } <= targets
+    for tag, attrs in page.tags:
+        if attrs.get("role") == "tab":
+            assert attrs["aria-controls"] in ids
+        if attrs.get("role") == "button" and tag != "button":
+            assert "tabindex" in attrs
+
+
+def test_the_claim_is_made_from_the_numbers(page: Page, study: Study) -> None:
+    words = page.words
+    assert "4 induction heads and 2 label-to-image heads are needed for it" in words
+    cells = study.sets[0].ablation
+    assert cells is not None
+    for estimate in (study.accuracy.accuracy, cells.chosen.accuracy, cells.random_mean, study.controls["labels permuted"]):
+        assert f"{100 * estimate.value:.1f}" in words
+    assert "redundant, not irrelevant" in words
+    assert "Heads were chosen on 64 prompts" in words
+
+
+def test_where_nothing_is_found_the_page_says_so() -> None:
+    study = samples.study(holds=False)
+    words = Page(render_report(ReportContent(study))).words
+    assert "does not answer from the examples" in words
+    assert "no head passes its null" in words
+    assert "needed for it" not in words
+    learner = replace(study, accuracy=samples.accuracy(0.95))
+    assert "no head passes its null: this run does not say which heads do it" in story.headline(learner)
+    harmless = HeadSet("induction", "induction", "rule", samples.INDUCTION, "irrelevant", "Costs nothing.", samples.ablation(after=0.95))
+    assert "not proven" in story.headline(replace(learner, sets=(harmless,)))
+
+
+def test_accuracy_must_clear_its_controls_before_anything_is_claimed() -> None:
+    assert story.learns(samples.accuracy(0.97))
+    assert not story.learns(samples.accuracy(0.97, zero=0.97))
+    assert not story.learns(samples.accuracy(0.27, zero=None))
+
+
+def test_a_study_without_prompts_growth_or_pictures_still_makes_a_page() -> None:
+    study = replace(samples.study(), prompts=(), growth=None)
+    words = Page(render_report(ReportContent(study))).words
+    assert "Growth over training" not in words
+    assert "Attention on the pictures" not in words
+    blind = replace(samples.prompt(), image_boxes=({},) * 5)
+    page = Page(render_report(ReportContent(replace(study, prompts=(blind,)))))
+    assert "Attention on the pictures" not in page.words
+    assert "The prompt" in page.words
+
+
+def test_long_prompts_get_a_heat_map_instead_of_the_token_view() -> None:
+    study = replace(samples.study(), prompts=(samples.prompt(per_image=100),))
+    html = render_report(ReportContent(study))
+    page = Page(html)
+    assert "CircuitsVis.render(" not in html.replace("CircuitsVis.render(e", "")
+    assert page.figure("pattern-0-1-0")["data"][0]["type"] == "heatmap"
+    assert "256 of 537 tokens are drawn" in page.words
+    assert len(html.encode()) < LIMIT_BYTES
+
+
+def test_paths_that_cannot_be_written_are_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(OutputPathError, match="existing folder"):
+        check_writable(tmp_path / "no" / "report.html")
+    with pytest.raises(OutputPathError, match="must be a file"):
+        check_writable(tmp_path)
+    with pytest.raises(OutputPathError, match="existing folder"):
+        check_writable("/proc/version/report.html")
+    assert check_writable(tmp_path / "report.html") == tmp_path / "report.html"
+    assert list(tmp_path.iterdir()) == []  # nothing is left behind
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(OutputPathError, match="must be writable"):
+        check_writable(tmp_path / "report.html")
+
+
+def test_a_report_that_fails_leaves_the_old_one_alone(tmp_path: Path, study: Study) -> None:
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    with pytest.raises(ValueError, match="images must be PNG"):
+        write_report(path, ReportContent(replace(study, prompts=(replace(samples.prompt(), images=(b"x",) * 5),))))
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+    write_report(path, ReportContent(study))
+    assert path.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]

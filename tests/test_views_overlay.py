@@ -1,0 +1,123 @@
+"""Attention on the prompt: the right patch lights up, every token is there once, and the page's data are the result's data."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import views_samples as samples
+
+from mechicl.errors import HeadIndexError, ImageError, NotFiniteError, OptionError
+from mechicl.views.overlay import Picture, Token, attention_row, overlay_picture, picture_grid, strip
+
+
+def looking_at(position: int):
+    view = samples.prompt()
+    row = np.zeros(len(view.tokens))
+    row[position] = 1
+    return replace(view, rows={(1, 0): row}, patterns={})
+
+
+def test_only_the_patch_that_is_looked_at_is_tinted() -> None:
+    view = samples.prompt()
+    position, box = list(view.image_boxes[1].items())[3]
+    painted = np.asarray(overlay_picture(looking_at(position), (1, 0), 1, size=56)).astype(int)
+    tinted = (painted.max(-1) - painted.min(-1)) > 20  # grey has equal channels
+    left, upper, right, lower = (round(2 * v) for v in box)
+    assert tinted[upper:lower, left:right].all()
+    tinted[upper:lower, left:right] = False
+    assert not tinted.any()
+
+
+def test_a_picture_nobody_looks_at_stays_grey() -> None:
+    view = looking_at(0)
+    painted = np.asarray(overlay_picture(view, (1, 0), 0)).astype(int)
+    assert (painted.max(-1) == painted.min(-1)).all()
+
+
+def test_pictures_without_known_patches_are_refused() -> None:
+    view = replace(samples.prompt(), image_boxes=({}, {}, {}, {}, {}))
+    with pytest.raises(OptionError, match="known patches"):
+        overlay_picture(view, (1, 0), 0)
+    with pytest.raises(OptionError, match="known patches"):
+        overlay_picture(samples.prompt(), (1, 0), 9)
+
+
+def test_shares_in_the_grid_are_sums_over_the_pictures_patches() -> None:
+    view = samples.prompt()
+    (row,) = picture_grid(view, [(1, 0)])
+    for picture, box in zip(row.pictures, view.image_boxes, strict=True):
+        assert picture.share == pytest.approx(sum(view.rows[(1, 0)][p] for p in box))
+        assert [p.share for p in picture.patches] == [view.rows[(1, 0)][p] for p in sorted(box)]
+    assert row.top == max(p.share for q in row.pictures for p in q.patches)
+    assert max(p.glow for q in row.pictures for p in q.patches) == 1
+    assert [q.kind for q in row.pictures] == ["right", "wrong", "right", "wrong", "query"]
+
+
+def test_label_to_image_heads_are_read_from_each_examples_own_label() -> None:
+    view = samples.prompt()
+    (row,) = picture_grid(view, [(0, 1)], own_label={(0, 1)})
+    second = row.pictures[1]
+    readers = [p for p, (s, r) in enumerate(zip(view.shots, view.roles, strict=True)) if s == 1 and r == "label"]
+    want = view.patterns[(0, 1)][readers].mean(0)
+    assert [p.share for p in second.patches] == pytest.approx([want[p.position] for p in second.patches])
+    assert [p.share for p in row.pictures[-1].patches] == [view.rows[(0, 1)][p.position] for p in row.pictures[-1].patches]
+
+
+def test_every_position_is_on_the_strip_exactly_once() -> None:
+    view = samples.prompt(per_image=9)
+    drawn = strip(view, samples.INDUCTION)
+    seen: list[int] = []
+    for card in drawn.cards:
+        for piece in card.pieces:
+            seen += [p.position for p in piece.patches] if isinstance(piece, Picture) else [piece.position]
+    assert sorted(seen) == list(range(len(view.tokens)))
+    assert [c.title for c in drawn.cards] == ["instruction", "example 1", "example 2", "example 3", "example 4", "query"]
+    assert [c.kind for c in drawn.cards] == ["other", "right", "wrong", "right", "wrong", "query"]
+
+
+def test_a_prompt_without_shots_or_pictures_is_one_card() -> None:
+    view = replace(samples.prompt(), shots=(-2,) * 57, image_boxes=({},) * 5)
+    drawn = strip(view)
+    assert sum(isinstance(p, Token) for c in drawn.cards for p in c.pieces) == 57
+
+
+def test_the_strips_data_are_the_patterns() -> None:
+    view = samples.prompt()
+    data = strip(view, [(1, 0)]).data
+    packed = data["heads"]["1.0"]  # type: ignore[index]
+    numbers = np.frombuffer(base64.b64decode(packed["rows"]), dtype="<u2").reshape(packed["n"], -1) / 65535
+    np.testing.assert_allclose(numbers, view.patterns[(1, 0)], atol=1 / 65535)  # sixteen bits
+    assert data["tokens"] == list(view.tokens)
+
+
+def test_long_prompts_carry_the_last_row_only() -> None:
+    view = samples.prompt(per_image=100)
+    packed = strip(view, [(1, 0)]).data["heads"]["1.0"]  # type: ignore[index]
+    assert packed["n"] == 1
+    numbers = np.frombuffer(base64.b64decode(packed["rows"]), dtype="<u2") / 65535
+    np.testing.assert_allclose(numbers, view.rows[(1, 0)], atol=1 / 65535)  # sixteen bits
+
+
+def test_bad_attention_and_bad_pictures_are_refused() -> None:
+    view = samples.prompt()
+    with pytest.raises(HeadIndexError, match="must be one that was kept"):
+        attention_row(view, (2, 2))
+    with pytest.raises(OptionError, match="one number per token"):
+        attention_row(replace(view, rows={(1, 0): np.ones(3)}), (1, 0))
+    with pytest.raises(NotFiniteError, match="must be finite"):
+        attention_row(replace(view, rows={(1, 0): np.full(57, np.nan)}), (1, 0))
+    with pytest.raises(OptionError, match="must be the last token"):
+        attention_row(replace(view, patterns={}), (1, 0), 3)
+    with pytest.raises(ImageError, match="PNG or JPEG"):
+        strip(replace(view, images=(b"no picture",) * 5))
+
+
+def test_large_pictures_shrink_and_their_boxes_do_not() -> None:
+    view = replace(samples.prompt(), images=tuple(samples.picture(k, 800) for k in range(5)))
+    drawn = picture_grid(view, [(1, 0)])[0].pictures[0]
+    assert (drawn.width, drawn.height) == (800, 800)
+    assert drawn.uri.startswith("data:image/jpeg;base64,")
+    assert len(drawn.uri) < 80_000
