@@ -1,8 +1,9 @@
-"""Attention rows against whole attentions, by prompt length: python -m benchmarks.rows
+"""Scoring all heads by attention rows against whole attentions, by prompt length: python -m benchmarks.rows
 
-Scoring all heads of a long few-shot prompt reads the rows of its text tokens (here one token in twenty, the rest stand for pictures) and of its last
-token. One random LLaVA-shaped decoder, float32, interleaved rounds, in one process: the plain sdpa forward, the same with mechicl's rows reduced
-to scores on the way, and eager attention with output_attentions=True. Eager is left out where its patterns alone would not fit.
+A few-shot prompt of eight exemplars and a query whose tokens are mostly pictures' (spans made by hand on random tokens: what attention costs does not
+depend on what the tokens are). One random LLaVA-shaped decoder, float32, interleaved rounds, in one process: the plain sdpa forward; the last token's rows of all heads;
+`score_heads` with every default score, nulls and intervals included; and eager attention with output_attentions=True, which has scored nothing yet. Eager is
+left out where its patterns would not fit.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.measure import machine, peak_memory, ratio, rounds, table
+from mechicl.analysis.heads import score_heads
 from mechicl.models.probe import text_probe
 from mechicl.models.vlm import HookedVLM
+from mechicl.prompts.batch import Batch
+from mechicl.prompts.spans import QUERY, Span
 from mechicl.training.organisms import build
 
 N_LAYERS, N_HEADS = 4, 8
@@ -35,17 +39,11 @@ def entries(length: int, room_gb: float) -> dict[str, Callable[[], object]]:
     hf, _ = build("llava", preset="tiny", text={**TEXT, "max_position_embeddings": 32768})
     model = HookedVLM(hf)
     inputs = text_probe(hf, n=length)
-    text = torch.arange(1, length, 20)
-    last = torch.tensor([length - 1])
-
-    def score(layer: int, dest: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        previous = rows.gather(3, (dest - 1)[None, None, :, None].expand(*rows.shape[:3], 1))
-        return previous[..., 0].sum(-1)
-
+    batch = few_shot(inputs["input_ids"])
     found: dict[str, Callable[[], object]] = {
         "plain forward (sdpa)": lambda: hf(**inputs, use_cache=False, logits_to_keep=1),
-        "mechicl: the last token's rows": lambda: model.attention_rows(inputs, last),
-        "mechicl: every text token's row": lambda: model.attention_rows(inputs, text, reduce=score),
+        "mechicl: the last token's rows, all heads": lambda: model.attention_rows(batch),
+        "mechicl: score_heads, all scores of all heads": lambda: score_heads(model, batch, progress=False),
     }
     patterns_gb = N_LAYERS * N_HEADS * length**2 * 4 / 1e9
     if 2 * patterns_gb < room_gb:
@@ -55,6 +53,24 @@ def entries(length: int, room_gb: float) -> dict[str, Callable[[], object]]:
     else:
         print(f"eager at {length} tokens is left out: its patterns alone take {patterns_gb:.0f} GB")
     return found
+
+
+def few_shot(ids: torch.Tensor, shots: int = 8) -> Batch:
+    """Eight exemplars of two classes and a query: picture, 6 glue tokens, a label of 2 tokens, 4 glue tokens each."""
+    length = ids.shape[1]
+    side = (length - 8 - 12 * shots - 6) // (shots + 1)
+    spans, at = [Span("instruction", 0, 8)], 8
+    for k in range(shots + 1):
+        label = "dax" if k % 2 else "wug"
+        shot = k if k < shots else QUERY
+        width = side if k < shots else length - at - 6
+        spans += [Span("image", at, at + width, shot, k, label, label), Span("glue", at + width, at + width + 6)]
+        at += width + 6
+        if k < shots:
+            spans += [Span("label", at, at + 2, shot, None, label, label), Span("glue", at + 2, at + 6)]
+            at += 6
+    assert at == length
+    return Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, (tuple(spans),), (0,), (("wug", "dax"),), (((1,), (2,)),))
 
 
 def main() -> None:

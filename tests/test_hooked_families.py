@@ -317,3 +317,37 @@ def test_a_refused_family_is_refused_by_name_with_the_reason() -> None:
 
     with pytest.raises(UnsupportedModelError, match="written inline"):
         family_of(GitConfig())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_a_long_prompt_with_many_pictures_equal_eager_rows(family: str) -> None:
+    model = hooked(family)
+    pictures = [picture((64 + 8 * k, 48 + 4 * k), k) for k in range(6)]
+    text = "and another one, which is not the last of them all, but one of many " * 3
+    if model.processor.chat_template:
+        chat = [{"role": "user", "content": [*({"type": "image"} for _ in pictures), {"type": "text", "text": text}]}]
+        text, extra = model.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False), {"add_special_tokens": False}
+    else:
+        text, extra = model.processor.image_token * 6 + text, {}
+    out = model.processor(text=[text], images=[pictures], return_tensors="pt", return_mm_token_type_ids=True, **extra)
+    inputs = {k: v for k, v in out.items() if k != "labels"}
+    rows = model.attention_rows(inputs)
+    for layer, eager in enumerate(eager_patterns(family, inputs)):
+        if rows[layer] is not None:
+            assert (rows[layer][:, :, 0] - eager[:, :, -1]).abs().max() <= 1e-5
+
+
+def test_sliding_windows_and_bidirectional_picture_blocks_are_in_the_rows() -> None:
+    model, inputs = hooked("gemma3"), prompt("gemma3")
+    n = inputs["input_ids"].shape[1]
+    rows = model.attention_rows(inputs, "all")
+    window = model.hf.config.text_config.sliding_window
+    sliding = [i for i, kind in enumerate(model.hf.config.text_config.layer_types) if kind == "sliding_attention"]
+    full = [i for i in range(model.cfg.n_layers) if i not in sliding]
+    assert window < n
+    assert rows[sliding[0]][0, :, -1, : n - window].abs().max() == 0
+    assert rows[full[0]][0, :, -1, : n - window].max() > 0
+    block = (inputs["token_type_ids"][0] == 1).nonzero().flatten()
+    assert rows[full[0]][0, :, block[0], block[1]].min() > 0  # a picture token reads a later one of its picture
+    text = (inputs["token_type_ids"][0] == 0).nonzero().flatten()
+    assert rows[full[0]][0, :, text[-3], text[-2] :].abs().max() == 0  # a text token does not
