@@ -60,7 +60,7 @@ class Renderer:
     def __init__(self, processor: Any, config: Any, *, context: int | None = None, chat_template: str | None = None) -> None:
         self.processor = processor
         self.config = config
-        self.tokenizer = getattr(processor, "tokenizer", None)
+        self.tokenizer: Any = getattr(processor, "tokenizer", None)
         if self.tokenizer is None or not getattr(self.tokenizer, "is_fast", False):
             raise RenderError(
                 f"processor must have a tokenizer that gives offsets; got {type(self.tokenizer).__name__}. Load the fast tokenizer (use_fast=True)."
@@ -295,8 +295,9 @@ def claim(owners: np.ndarray, inside: np.ndarray, number: int, owner: Span, name
 
 
 def tail_start(ids: Sequence[int], chars: np.ndarray, special: set[int]) -> int:
-    """Index of the last control token that stands in the text; 0 where there is none."""
-    return next((k for k in range(len(ids) - 1, -1, -1) if ids[k] in special and chars[k, 1] > chars[k, 0]), 0)
+    """Index of the last control token that stands in the text; where there is none, of the first token that does."""
+    first = next((k for k in range(len(ids)) if chars[k, 1] > chars[k, 0]), 0)  # a first token that the tokenizer adds is not in the text
+    return next((k for k in range(len(ids) - 1, -1, -1) if ids[k] in special and chars[k, 1] > chars[k, 0]), first)
 
 
 def readable(image: Image.Image, name: str) -> Image.Image:

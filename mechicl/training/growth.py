@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 
 from mechicl.errors import CheckpointError
 from mechicl.results import Provenance, Series
-from mechicl.training.stages import PICTURES, Probe
+from mechicl.training.stages import Probe
 from mechicl.training.tasks import Bench, Work
 
 GROWTH = "growth.json"
@@ -187,5 +187,3 @@ def read_growth(folder: str | os.PathLike[str]) -> Series:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"folder must hold a readable {GROWTH}; {path} is not ({error}). Train a model with `mechicl train vlm`.") from error
 
-
-HEADS_PROBE = Probe("heads 4 x 2", PICTURES.shape, glyphs=0.0, n=48)

@@ -6,7 +6,7 @@ items, then pictures in place of words, then everything at once with a falling s
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from mechicl.errors import OptionError
@@ -45,7 +45,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """A preset: the stages and the optimizer's settings. `tokens`: size of a training batch."""
+    """A preset: the stages and the optimizer's settings. `tokens`: size of a training batch. `growth`: probes of the growth
+    curve, `heads` the one on which heads are scored. `vision`: entries of Qwen2.5-VL's vision
+    configuration to override (other families keep theirs)."""
 
     stages: tuple[Stage, ...]
     learning_rate: float = 2e-3
@@ -56,6 +58,9 @@ class Plan:
     tokens: int = 4096
     growth_points: int = 24
     checkpoint_every: int = 200
+    growth: tuple[Probe, ...] = ()
+    heads: Probe = Probe("pictures 4 x 2", None)
+    vision: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
@@ -97,23 +102,27 @@ def demo(wide: int = 3000) -> Plan:
             Stage("words", (WORDS_ONLY, Choice(0.25, "repeat")), WORDS, 0.97, 4000),
             Stage("pictures", (few, both, seen), PICTURES, 0.90, 3000),
             Stage("everything", everything, PICTURES, 1.1, wide, decay=True, every=100),
-        )
+        ),
+        growth=(REPEATS, WORDS, PICTURES, MANY, LARGE, PENS),
+        heads=replace(PICTURES, n=48),
     )
 
 
 def micro() -> Plan:
     """Seconds: for tests of the machinery, too short to learn anything."""
-    tiny = Choice(1.0, n_classes=(2,), n_shots=(1,), sizes=(28,))
+    tiny = Choice(1.0, n_classes=(2,), n_shots=(1,), sizes=(28,), glyphs=1.0)
     return Plan(
         (
             Stage("repeated sequences", (REPEAT,), Probe("repeated sequences", None, n=8), 1.1, 4, every=2),
             Stage("words", (Choice(1.0, n_classes=(2,), n_shots=(1,), sizes=(0,)),), Probe("words", Shape(2, 1, 0, True), n=8), 1.1, 4, every=2),
-            Stage("pictures", (tiny,), Probe("pictures", Shape(2, 1), n=8), 1.1, 6, decay=True, every=2),
+            Stage("pictures", (tiny,), Probe("pictures", Shape(2, 1), glyphs=1.0, n=8), 1.1, 6, decay=True, every=2),
         ),
         tokens=256,
         growth_points=4,
         checkpoint_every=2,
         warmup=2,
+        growth=(Probe("words", Shape(2, 1, 0, True), n=8),),
+        heads=Probe("pictures", Shape(2, 1), glyphs=1.0, n=8),
     )
 
 

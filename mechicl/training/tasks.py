@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Bool, Int, UInt8
+from PIL import Image
 from torch import Generator, Tensor
 
 from mechicl.data import concepts
@@ -70,11 +71,12 @@ class Work:
 
 @dataclass(eq=False)
 class Lexicon:
-    """Pseudo-words with the tokens they have as an exemplar's label and as an item's text."""
+    """Pseudo-words with the tokens they have as an exemplar's label, as an item's text, and as a text behind a picture."""
 
     words: tuple[str, ...]
     labels: tuple[Tokens, ...]
     texts: tuple[Tokens, ...]
+    captions: tuple[Tokens, ...]
 
 
 @dataclass(eq=False)
@@ -91,7 +93,7 @@ class Bench:
     skeletons: dict[Shape, Skeleton] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        words = pseudo_words(4000, random.Random(f"words {self.seed}"))
+        words = pseudo_words(3000, random.Random(f"words {self.seed}"))
         self.pad: int = self.processor.tokenizer.pad_token_id
         self.lexicons = {
             "train": read_lexicon(self.renderer, [w for k, w in enumerate(words) if k % 8]),
@@ -141,7 +143,8 @@ class Bench:
         order = draw_orders(shape, batch, rng)
         names = [rng.sample(range(len(lexicon.words)), 2 * shape.n_classes) for _ in range(batch)]
         labels = [[lexicon.labels[i] for i in few[: shape.n_classes]] for few in names]
-        words = [[lexicon.texts[i] for i in few[shape.n_classes :]] for few in names]
+        texts = lexicon.captions if shape.size else lexicon.texts
+        words = [[texts[i] for i in few[shape.n_classes :]] for few in names]
         rows = assemble(self.skeleton(shape), labels, words, order, pad=self.pad)
         where = torch.tensor(order)
         picture: Mapping[str, Any] = {}
@@ -226,16 +229,18 @@ def pseudo_words(n: int, rng: random.Random) -> list[str]:
     return list(words)
 
 
-def read_lexicon(renderer: Renders, words: Sequence[str], chunk: int = 100) -> Lexicon:
+def read_lexicon(renderer: Renders, words: Sequence[str], chunk: int = 80) -> Lexicon:
     """The tokens of words in their places, read off rendered prompts."""
     labels: dict[str, Tokens] = {}
     texts: dict[str, Tokens] = {}
-    for start in range(0, len(words), chunk):
-        few = words[start : start + chunk]
-        shots = tuple(Shot(label=word, text=word, item=word) for word in few)
-        batch: Batch = renderer.render([Episode(shots=shots, query=shots[0], candidates=tuple(few))])
-        ids = batch.inputs["input_ids"][0].tolist()
-        for span in batch.spans[0]:
-            if span.role in ("label", "text"):
-                (labels if span.role == "label" else texts)[span.item] = tuple(ids[span.start : span.stop])
-    return Lexicon(tuple(words), tuple(labels[w] for w in words), tuple(texts[w] for w in words))
+    captions: dict[str, Tokens] = {}
+    for pictures, found in (((), texts), ((Image.new("RGB", (28, 28)),), captions)):
+        for start in range(0, len(words), chunk):
+            few = words[start : start + chunk]
+            shots = tuple(Shot(label=word, images=pictures, text=word, item=word) for word in few)
+            batch: Batch = renderer.render([Episode(shots=shots, query=shots[0], candidates=tuple(few))])
+            ids = batch.inputs["input_ids"][0].tolist()
+            for span in batch.spans[0]:
+                if span.role in ("label", "text"):
+                    (labels if span.role == "label" else found)[span.item] = tuple(ids[span.start : span.stop])
+    return Lexicon(tuple(words), *(tuple(found[w] for w in words) for found in (labels, texts, captions)))

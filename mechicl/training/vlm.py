@@ -18,10 +18,10 @@ from torch.nn import functional
 from mechicl.errors import OptionError
 from mechicl.prompts.render import Renderer
 from mechicl.results import Provenance, Series
-from mechicl.training.growth import GROWTH, HEADS_PROBE, growth_steps, measure, probe_work, right_answers, to_series, write_growth
+from mechicl.training.growth import GROWTH, growth_steps, measure, probe_work, right_answers, to_series, write_growth
 from mechicl.training.organisms import FAMILIES, build, save
 from mechicl.training.runs import Run, write_text
-from mechicl.training.stages import LARGE, MANY, PENS, PICTURES, REPEATS, WORDS, Plan, Stage, plan
+from mechicl.training.stages import Plan, Stage, plan
 from mechicl.training.tasks import Bench, Work
 
 MODEL = "model"
@@ -128,7 +128,7 @@ def check_family(family: str) -> None:
 
 def prepare(family: str, chosen: Plan, run: Run, seed: int) -> Trainer:
     """Build everything a run needs and put its checkpoint back if there is one."""
-    model, processor = build(family, preset="demo", seed=seed)
+    model, processor = make(family, seed, chosen.vision)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=chosen.learning_rate, betas=chosen.betas, weight_decay=chosen.weight_decay, foreach=True
     )
@@ -138,6 +138,20 @@ def prepare(family: str, chosen: Plan, run: Run, seed: int) -> Trainer:
     if counters is not None:
         trainer.restore(counters)
     return trainer
+
+
+def make(family: str, seed: int, vision: Mapping[str, int]) -> tuple[Any, Any]:
+    """A fresh organism; `vision` overrides entries of a Qwen2.5-VL vision tower (the other families keep their own)."""
+    model, processor = build(family, preset="demo", seed=seed)
+    if vision and family == "qwen2_5_vl":
+        from transformers import AutoModelForImageTextToText
+
+        for name, value in vision.items():
+            setattr(model.config.vision_config, name, value)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForImageTextToText.from_config(model.config)
+    return model, processor
 
 
 def learn(trainer: Trainer, progress: bool) -> None:
@@ -227,15 +241,15 @@ def work_for(trainer: Trainer, probe: Any) -> Work:
 
 def record_growth(trainer: Trainer) -> None:
     """Measure a point of the growth curve and write it down."""
-    works = {probe.name: work_for(trainer, probe) for probe in (REPEATS, WORDS, PICTURES, MANY, LARGE, PENS)}
-    measures = measure(trainer.model, works, work_for(trainer, HEADS_PROBE))
+    works = {probe.name: work_for(trainer, probe) for probe in trainer.plan.growth}
+    measures = measure(trainer.model, works, work_for(trainer, trainer.plan.heads))
     trainer.run.log({"step": trainer.step, "measures": measures})
 
 
-def growth_of(run: Run, boundaries: list[tuple[int, str]], provenance: Provenance) -> Series:
+def growth_of(run: Run, boundaries: list[tuple[int, str]], n: int, provenance: Provenance) -> Series:
     """The run's growth curve."""
     points = {line["step"]: line for line in run.lines() if "measures" in line}
-    return to_series([points[step] for step in sorted(points)], boundaries, HEADS_PROBE.n, provenance)
+    return to_series([points[step] for step in sorted(points)], boundaries, n, provenance)
 
 
 def finish(trainer: Trainer, family: str, preset: str, seed: int) -> Path:
@@ -246,7 +260,7 @@ def finish(trainer: Trainer, family: str, preset: str, seed: int) -> Path:
     provenance = Provenance(
         model=f"{family} ({preset})", dtype="float32", attention="eager", device="cpu", task="held-out probe episodes", seed=seed, versions=versions
     )
-    write_text(folder / GROWTH, write_growth(growth_of(trainer.run, trainer.boundaries, provenance)))
+    write_text(folder / GROWTH, write_growth(growth_of(trainer.run, trainer.boundaries, trainer.plan.heads.n, provenance)))
     log = (trainer.run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     write_text(folder / "training_log.jsonl", "\n".join(line for line in log if '"measures"' not in line) + "\n")
     return folder
