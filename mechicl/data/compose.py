@@ -15,7 +15,7 @@ from mechicl.prompts.episode import Episode, Shot
 INSTRUCTION = "Answer with a single word."
 QUESTION = "What is this?"
 
-Choose = Callable[[int, np.random.Generator], Sequence[int]]
+Choose = Callable[[int, np.random.Generator], Int[np.ndarray, " n"]]
 """(how many, generator) -> different class ids of one episode."""
 Paint = Callable[[Int[np.ndarray, " n"], np.random.Generator], UInt8[np.ndarray, "n height width 3"]]
 """(class ids, generator) -> one fresh picture each."""
@@ -63,7 +63,7 @@ def compose(
     episodes = []
     for k in range(n):
         draw = np.random.default_rng([seed, k])
-        ids = np.array(choose(classes, draw), dtype=np.int64)
+        ids = choose(classes, draw)
         names = list(labels) if labels is not None else pseudo_words(classes, draw, syllables=syllables)
         names = [names[i] for i in draw.permutation(classes)]
         order = draw.permutation(np.repeat(np.arange(classes), shots))

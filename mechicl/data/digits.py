@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -27,7 +27,7 @@ def scans() -> tuple[UInt8[np.ndarray, "n 8 8"], Int[np.ndarray, " n"]]:
     """All scans (0 paper, 255 ink) and the digit each shows."""
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()
+    bunch: Any = load_digits()
     images: np.ndarray = np.asarray(bunch["images"])
     return np.round(images * (255 / 16)).astype(np.uint8), np.asarray(bunch["target"]).astype(np.int64)
 

@@ -40,8 +40,13 @@ class Rendered:
 
     ids: list[int]
     owners: list[Span | None]
-    tail: str
-    tail_ids: list[int]
+    text: str
+    cut: tuple[int, int]
+    """Where the last control token stands: token, character."""
+
+    @property
+    def tail(self) -> str:
+        return self.text[self.cut[1] :]
 
 
 class Renderer:
@@ -76,7 +81,8 @@ class Renderer:
         self.context: int | None = context if context is not None else getattr(text, "max_position_embeddings", None)
         self.template = Template(processor, chat_template)
         self.continuation: Mapping[str, int] = CONTINUATION.get(self.model_type, {})
-        self.special = sorted({*map(str, self.tokenizer.all_special_tokens), self.template.image_token}, key=len, reverse=True)
+        added = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        self.special = sorted({*map(str, self.tokenizer.all_special_tokens), *added, self.template.image_token}, key=len, reverse=True)
 
     def render(self, episodes: Sequence[Episode]) -> Batch:
         """Tokens, spans, candidates and patches of episodes.
@@ -93,7 +99,7 @@ class Renderer:
             check_texts(episode, self.special, name)
         pictures = [[readable(image, name) for image in episode.images] for episode, name in zip(episodes, names, strict=True)]
         laid = [self.template.lay(episode, name) for episode, name in zip(episodes, names, strict=True)]
-        inputs, offsets = self._process(pictures, episodes, names)
+        inputs, offsets = self._process(pictures, [one.written for one in laid])
         rendered = [self._assign(*row) for row in zip(laid, offsets, episodes, names, strict=True)]
         candidate_ids = self._candidates(rendered, episodes, names)
         self._check_lengths(rendered, candidate_ids, names)
@@ -113,18 +119,15 @@ class Renderer:
         )
 
     def _process(
-        self, pictures: list[list[Image.Image]], episodes: Sequence[Episode], names: Sequence[str]
+        self, pictures: Sequence[Sequence[Image.Image]], texts: Sequence[str]
     ) -> tuple[dict[str, Any], list[list[dict[str, Any]]]]:
         """The processor's output, whole, and where it put the pictures' tokens into each text."""
-        texts = [self.template.write(episode, lambda text, _: text, name) for episode, name in zip(episodes, names, strict=True)]
-        if not self.template.chat_template:
-            texts = [t if self._breaks_lines else t + "\n" for t in texts]
         some = any(pictures)
         options: dict[str, Any] = {"padding": True, "padding_side": "left", "return_tensors": "pt", "return_text_replacement_offsets": True}
         if self._adds_nothing(texts[0]):
             options["add_special_tokens"] = False
         try:
-            out = dict(self.processor(text=list(texts), images=pictures if some else None, **options))
+            out = dict(self.processor(text=list(texts), images=[list(few) for few in pictures] if some else None, **options))
         except Exception as error:
             raise RenderError(
                 f"the processor must take the episodes; {type(self.processor).__name__} raised {error}. "
@@ -139,11 +142,6 @@ class Renderer:
             raise RenderError("episodes of mllama must all have pictures or all have none; got both. Render them apart.")
         listed = offsets if isinstance(offsets, list) and offsets else [[] for _ in texts]
         return out, listed
-
-    @property
-    def _breaks_lines(self) -> bool:
-        """Whether the processor itself ends a prompt with a line break (PaliGemma)."""
-        return self.model_type == "paligemma"
 
     def _adds_nothing(self, text: str) -> bool:
         """Whether the text already begins with the first token, as `apply_chat_template` decides it."""
@@ -168,7 +166,7 @@ class Renderer:
             everyone.append(piece.owner)
         self._claim_pictures(owners, everyone, np.array(ids), chars, regions, episode, name)
         cut = tail_start(ids, chars, set(self.tokenizer.all_special_ids))
-        return Rendered(ids, [everyone[k] if k >= 0 else None for k in owners], text[chars[cut, 0] :], ids[cut:])
+        return Rendered(ids, [everyone[k] if k >= 0 else None for k in owners], text, (cut, int(chars[cut, 0])))
 
     def _claim_pictures(
         self,
@@ -200,32 +198,36 @@ class Renderer:
     ) -> tuple[tuple[tuple[int, ...], ...], ...]:
         """Tokens of every candidate behind its prompt, from the joint tokens of prompt and candidate.
 
-        Only the prompt from its last control token on is tokenised again: tokenizers cut the text there first. That its tokens are those of the
-        prompt is checked; where they are not, nothing is guessed.
+        The prompt is tokenised again from its last control token on, where tokenizers cut the text first; where that does not give the prompt's own
+        tokens, all of it is.
         """
-        lead = self.template.lead
-        texts = [r.tail + lead + label for r, e in zip(rendered, episodes, strict=True) for label in e.candidates]
+        texts = [r.tail + self.template.lead + label for r, e in zip(rendered, episodes, strict=True) for label in e.candidates]
         joint = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
         every = []
         for r, episode, name in zip(rendered, episodes, names, strict=True):
-            row: list[tuple[int, ...]] = []
-            for label in episode.candidates:
-                ids = next(joint)
-                n = len(r.tail_ids)
-                if ids[:n] != r.tail_ids or len(ids) == n:
-                    raise RenderError(
-                        f"{name}: the prompt's tokens must stay the same when candidate {label!r} follows; they do not (the prompt ends with "
-                        f"{r.tail[-12:]!r}). Take the space off the end of the prompt or off the start of the label."
-                    )
-                row.append(tuple(ids[n:]))
+            row = tuple(self._behind(r, label, next(joint), name) for label in episode.candidates)
             same = next(((a, b) for a in range(len(row)) for b in range(a) if row[a] == row[b]), None)
             if same is not None:
                 first, second = (episode.candidates[k] for k in reversed(same))
                 raise RenderError(
                     f"{name}: candidates must differ in tokens; {first!r} and {second!r} are both {list(row[same[0]])}. Choose labels that the tokenizer can tell apart."
                 )
-            every.append(tuple(row))
+            every.append(row)
         return tuple(every)
+
+    def _behind(self, r: Rendered, label: str, ids: list[int], name: str) -> tuple[int, ...]:
+        """What follows the prompt among the tokens of prompt and label."""
+        n = len(r.ids) - r.cut[0]
+        if ids[:n] == r.ids[r.cut[0] :] and len(ids) > n:
+            return tuple(ids[n:])
+        ids = self.tokenizer(r.text + self.template.lead + label, add_special_tokens=not self._adds_nothing(r.text))["input_ids"]
+        n = len(r.ids)
+        if ids[:n] == r.ids and len(ids) > n:
+            return tuple(ids[n:])
+        raise RenderError(
+            f"{name}: the prompt's tokens must stay the same when candidate {label!r} follows; they do not (the prompt ends with {r.text[-12:]!r}). "
+            "Take the space off the end of the prompt or off the start of the label."
+        )
 
     def _check_lengths(self, rendered: Sequence[Rendered], candidates: Sequence[Sequence[Sequence[int]]], names: Sequence[str]) -> None:
         for r, few, name in zip(rendered, candidates, names, strict=True):

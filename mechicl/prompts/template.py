@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
+
+from PIL import Image
 
 from mechicl.errors import RenderError
 from mechicl.prompts.episode import Episode, Shot
@@ -35,10 +37,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Laid:
-    """A prompt's text before pictures are expanded, with its pieces in order."""
+    """A prompt's text before pictures are expanded, with its pieces in order; `written` is what goes into the processor."""
 
     text: str
     pieces: tuple[Piece, ...]
+    written: str = ""
 
 
 class Marker:
@@ -115,8 +118,9 @@ class Template:
             RenderError: the template drops, doubles or changes a piece or a picture.
         """
         marker = Marker()
-        laid = marker.read(self.layout(self.write(episode, marker, name), episode, name), name)
-        plain = self.layout(self.write(episode, unmarked, name), episode, name)
+        laid = marker.read(self.layout(self.write(episode, marker, name), episode), name)
+        written = self.write(episode, unmarked, name)
+        plain = self.layout(written, episode)
         if laid.text != plain:
             at = next((i for i, (a, b) in enumerate(zip(laid.text, plain, strict=False)) if a != b), min(len(plain), len(laid.text)))
             raise RenderError(
@@ -129,16 +133,14 @@ class Template:
                 f"{name}: the chat template must write one {self.image_token} per picture; it wrote {laid.text.count(self.image_token)} for "
                 f"{len(episode.images)} pictures. Give Renderer another chat_template."
             )
-        return laid
+        return replace(laid, written=written)
 
-    def layout(self, text: str, episode: Episode, name: str) -> str:
+    def layout(self, text: str, episode: Episode) -> str:
         """What the processor itself does to a text before it expands pictures (PaliGemma and Mllama put the first token in)."""
         prepare = getattr(self.processor, "prepare_inputs_layout", None)
-        if prepare is not None and episode.images:
-            text = prepare(images=[list(episode.images)], text=[text])[1][0]
-        if not self.chat_template and not text.endswith("\n"):
-            text += "\n"
-        return text
+        if prepare is None or not episode.images:
+            return text
+        return prepare(images=[list(episode.images)], text=[text])[1][0]
 
     def write(self, episode: Episode, mark: Marker | Any, name: str) -> str:
         """The prompt's text, pieces passed through `mark`."""
@@ -186,11 +188,9 @@ class Template:
         return messages
 
     def _parts(self, shot: Shot, which: int, question: str, mark: Any) -> list[Message]:
-        texts = [
-            mark(text, Span(role, 0, 0, which, None, shot.label, shot.item))
-            for role, text in (("text", shot.text), ("question", question))
-            if text
-        ]
+        owner = Span("text", 0, 0, which, None, shot.label, shot.item)
+        texts = [mark(shot.text, owner)] if shot.text else []
+        texts += [mark(question, replace(owner, role="question"))] if question else []
         return [{"type": "image"} for _ in shot.images] + ([{"type": "text", "text": "\n".join(texts)}] if texts else [])
 
     def _assistant(self, text: str) -> Message:
@@ -215,6 +215,13 @@ class Template:
                 return style
         return "fold"
 
+    @cached_property
+    def _ends_lines(self) -> bool:
+        """Whether the processor itself ends a prompt with a line break (PaliGemma does)."""
+        picture = Image.new("RGB", (28, 28))
+        prepare = getattr(self.processor, "prepare_inputs_layout", None)
+        return prepare is not None and prepare(images=[[picture]], text=[self.image_token + "?"])[1][0].endswith("\n")
+
     def _accepts(self, messages: Sequence[Message]) -> bool:
         try:
             return self._render(messages).count(chr(FIRST_MARK)) == 1
@@ -229,7 +236,7 @@ class Template:
             lines.append(self.image_token * len(shot.images) + "".join(texts))
             if which != QUERY:
                 lines.append(mark(shot.label, Span("label", 0, 0, k, None, shot.label, shot.item)))
-        return "\n".join(lines)
+        return "\n".join(lines) + ("" if self._ends_lines else "\n")
 
 
 def check_texts(episode: Episode, special: Sequence[str], name: str) -> None:
