@@ -41,7 +41,7 @@ def crescent() -> Stroke:
     return np.concatenate([outer, inside, outer[:1]])
 
 
-def corners(*points: tuple[float, float]) -> Stroke:
+def corners(*points: tuple[float | int, float | int]) -> Stroke:
     """A closed polygon through the points."""
     return np.array([*points, points[0]], dtype=np.float64)
 
