@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 
-Stroke = Float[np.ndarray, "point 2"]
+Stroke = Float[np.ndarray, "_ 2"]
 
 EXTENT = 1.5
 """Distance fields cover [-EXTENT, EXTENT] in x and y."""
