@@ -1,0 +1,166 @@
+"""The command line: what it refuses before loading anything, in one line with exit code 2; and that it does its job on a small real model."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+import mechicl
+from mechicl.cli import app, parse_heads
+from mechicl.errors import OptionError, OutputPathError
+from mechicl.models.vlm import HookedVLM
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def never_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a model was loaded before the mistake was found")
+
+    monkeypatch.setattr(mechicl, "load", load, raising=False)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch, organism: Callable[..., tuple[Any, Any]]) -> HookedVLM:
+    model = HookedVLM(*organism("qwen2_5_vl"), check=False)
+    monkeypatch.setattr(mechicl, "load", lambda *args, **kwargs: model, raising=False)
+    return model
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, runpy\nsys.argv = ['mechicl', '--help']\nfrom mechicl.cli import app\n"
+        "try:\n    app()\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "print(sorted({'torch', 'numpy', 'pandas', 'transformers', 'plotly', 'transformer_lens'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip().endswith("[]")
+    for command in ("report", "heads", "ablate", "doctor", "train"):
+        assert command in run.stdout
+
+
+def test_the_version_is_the_packages() -> None:
+    assert runner.invoke(app, ["--version"]).output.strip() == mechicl.__version__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["report", "--out", "/nowhere/x.html"], "out must lie in an existing folder"),
+        (["report", "--out", "x.html", "--episodes", "4"], "episodes must be at least 8"),
+        (["report"], "--out"),
+        (["report", "--out", "x.html", "--task", "cats"], "'cats' is not one of"),
+        (["report", "--out", "x.html", "--how", "gently"], "'gently' is not one of"),
+        (["heads", "--classes", "1"], "--classes"),
+        (["heads", "--task", "digits", "--classes", "11"], "classes must be at most 10"),
+        (["heads", "--out", "/nowhere/x.csv"], "out must lie in an existing folder"),
+        (["ablate"], "heads must be given as --heads or as --top; got neither"),
+        (["ablate", "--heads", "1.3", "--top", "2"], "got both"),
+        (["ablate", "--heads", "1,3"], "heads must be layer.head pairs"),
+        (["ablate", "--heads", "1.3,1.3"], "heads must differ"),
+        (["ablate", "--top", "2", "--by", "beauty"], "by must be one of"),
+        (["train", "vlm", "--out", "/tmp/x", "--family", "no_family"], "family must be one of"),
+        (["train", "vlm"], "--out"),
+    ],
+)
+def test_mistakes_are_found_before_a_model_is_loaded(never_loads: None, arguments: list[str], says: str) -> None:
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 2
+    assert says in " ".join(result.output.replace("│", " ").split())
+    assert "Traceback" not in result.output
+
+
+def test_a_refusal_is_one_line_on_stderr(never_loads: None) -> None:
+    result = runner.invoke(app, ["ablate", "--heads", "x"])
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("Error: heads must be layer.head pairs")
+
+
+def test_debug_shows_the_error_itself(never_loads: None) -> None:
+    result = runner.invoke(app, ["--debug", "report", "--out", "/nowhere/x.html"])
+    assert isinstance(result.exception, OutputPathError)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["-m", "./no/such/folder"], "no folder"), (["--dtype", "int3"], "dtype must be one of"), (["--device", "quantum"], "device must")],
+)
+def test_models_that_cannot_be_loaded_are_refused(arguments: list[str], says: str) -> None:
+    result = runner.invoke(app, ["heads", *arguments])
+    assert result.exit_code == 2
+    assert says in result.stderr
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("text", ["", ",", "1", "1.2.3", "a.b", "1.-2", "1.²", "1. 2x"])
+def test_heads_that_are_not_pairs_are_refused(text: str) -> None:
+    with pytest.raises(OptionError, match=r"layer\.head pairs"):
+        parse_heads(text)
+
+
+def test_heads_are_read_in_order() -> None:
+    assert parse_heads("1.3, 0.12,2.0") == ((1, 3), (0, 12), (2, 0))
+
+
+def test_heads_lists_every_score_and_writes_its_numbers(tiny: HookedVLM, tmp_path: Path) -> None:
+    out = tmp_path / "scores.csv"
+    result = runner.invoke(
+        app, ["heads", "-n", "6", "--classes", "2", "--shots", "2", "--size", "28", "--top", "2", "--quiet", "--out", str(out)]
+    )
+    assert result.exit_code == 0, result.output
+    frame = pd.read_csv(out)
+    assert len(frame) == frame["score"].nunique() * tiny.cfg.n_layers * tiny.cfg.n_heads
+    best = frame[frame["score"] == "induction"].sort_values("value", ascending=False).iloc[0]
+    line = next(line for line in result.stdout.splitlines() if line.startswith("induction "))
+    assert line.split()[1] == f"{int(best['layer'])}.{int(best['head'])}"
+    assert float(line.split()[2]) == pytest.approx(best["value"], abs=5e-4)  # three digits are printed
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_the_doctor_passes_a_healthy_model(tiny: HookedVLM) -> None:
+    result = runner.invoke(app, ["doctor", "demo"])
+    assert result.exit_code == 0, result.output
+    assert "FAIL" not in result.stdout
+    assert "logits equal the plain model's bit by bit" in result.stdout
+
+
+def test_the_doctor_fails_a_sick_model(tiny: HookedVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mechicl.models import doctor
+
+    sick = doctor.Check("attention rows sum to one", False, 0.5, 1e-3, "probability", "Use float32.")
+    monkeypatch.setattr(doctor, "diagnose", lambda model: [sick])
+    result = runner.invoke(app, ["doctor", "demo"])
+    assert result.exit_code == 1
+    assert "FAIL" in result.stdout
+    assert "Use float32." in result.stdout
+
+
+def test_memory_that_runs_out_is_said_in_one_line(tiny: HookedVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from mechicl.analysis import heads
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(heads, "score_heads", full)
+    result = runner.invoke(app, ["heads", "-n", "2", "--classes", "2"])
+    assert result.exit_code == 2
+    assert "Use a smaller --batch-size" in result.stderr
+
+
+def test_csv_text_reads_back_to_the_same_numbers() -> None:
+    from mechicl.views.story import csv_text
+
+    frame = pd.DataFrame({"value": [0.1 + 0.2, 1 / 3, 1e-17]})
+    assert pd.read_csv(io.StringIO(csv_text(frame)))["value"].tolist() == frame["value"].tolist()
