@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
 from mechicl.errors import MechiclError, OptionError
 
@@ -22,7 +23,7 @@ Task = Literal["concepts", "digits"]
 How = Literal["zero", "mean", "resample"]
 
 
-class Commands(typer.core.TyperGroup):
+class Commands(TyperGroup):
     """A group whose commands end with one line instead of a traceback when mechicl refuses something."""
 
     def invoke(self, ctx: Any) -> Any:

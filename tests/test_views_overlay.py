@@ -93,12 +93,19 @@ def test_the_strips_data_are_the_patterns() -> None:
     assert data["tokens"] == list(view.tokens)
 
 
-def test_long_prompts_carry_the_last_row_only() -> None:
+def test_heads_beyond_the_pages_budget_carry_their_last_row_only() -> None:
     view = samples.prompt(per_image=100)
-    packed = strip(view, [(1, 0)]).data["heads"]["1.0"]  # type: ignore[index]
-    assert packed["n"] == 1
-    numbers = np.frombuffer(base64.b64decode(packed["rows"]), dtype="<u2") / 65535
-    np.testing.assert_allclose(numbers, view.rows[(1, 0)], atol=1 / 65535)  # sixteen bits
+    drawn = strip(view, samples.INDUCTION).data["heads"]
+    assert [packed["n"] for packed in drawn.values()] == [537, 1, 1, 1]  # type: ignore[attr-defined]
+    numbers = np.frombuffer(base64.b64decode(drawn["1.3"]["rows"]), dtype="<u2") / 65535  # type: ignore[index]
+    np.testing.assert_allclose(numbers, view.rows[(1, 3)], atol=1 / 65535)  # sixteen bits
+    assert sum(len(packed["rows"]) for packed in drawn.values()) < 1_500_000  # type: ignore[attr-defined]
+
+
+def test_control_tokens_lose_their_brackets_and_nothing_else_does() -> None:
+    view = replace(samples.prompt(), tokens=("<|im_start|>", "<b>x", *samples.prompt().tokens[2:]))
+    shown = [p.text for c in strip(view).cards for p in c.pieces if isinstance(p, Token)]
+    assert shown[:3] == ["im_start", "<b>x", "the"]
 
 
 def test_bad_attention_and_bad_pictures_are_refused() -> None:

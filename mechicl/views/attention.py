@@ -18,8 +18,11 @@ from mechicl.errors import NotFiniteError, OptionError
 from mechicl.results import Head, PromptView
 from mechicl.views.grids import name
 
-MAX_TOKENS = 64
+MAX_TOKENS = 96
 """Tokens drawn by default; a pattern has their square in cells, and a browser slows down beyond about 100."""
+
+LONGEST = 512
+"""Prompts beyond it have too many tokens to be thinned to `MAX_TOKENS` with sense: `plots.plot_pattern` draws these."""
 
 MAX_HEADS = 8
 """Heads drawn by default."""
@@ -149,7 +152,7 @@ def _note(view: PromptView, positions: Sequence[int], heads: Sequence[Head], dra
     parts = ["Values are rounded to four digits."]
     if len(positions) < len(view.tokens):
         parts.append(
-            f"{len(positions)} of {len(view.tokens)} tokens are drawn (labels first, image tokens thinned evenly), so the rows shown need not sum to one."
+            f"{len(positions)} of {len(view.tokens)} tokens are drawn (labels, pictures and questions first, the template's own left out), so the rows shown need not sum to one."
         )
     if len(drawn) < len(heads):
         parts.append(f"{len(drawn)} of {len(heads)} heads are drawn.")

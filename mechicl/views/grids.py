@@ -271,7 +271,7 @@ def role_grid(result: RoleAttention, *, heads: Sequence[Head] | None = None, lim
             "height": 170 + max(22, min(30, 600 // max(1, len(heads)))) * len(heads),
             "xaxis": {"side": "top", "showgrid": False, "ticks": "", "tickangle": -30 if len(result.spans) > 7 else 0},
             "yaxis": {"autorange": "reversed", "type": "category", "showgrid": False, "ticks": "", "title": {"text": "layer.head"}},
-            "margin": {"t": 128},
+            "margin": {"t": 128, "b": 20},
             "coloraxis": {"colorscale": SEQUENTIAL, "cmin": 0, "cmax": 1, "colorbar": {"title": {"text": "attention", "side": "right"}}},
             "meta": {"scale": "sequential"},
         },

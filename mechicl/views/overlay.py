@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -21,8 +22,8 @@ from mechicl.views.grids import name
 THUMBNAIL = 320
 """Longest side of a picture in a page, pixels; boxes stay in the original's pixels."""
 
-PATTERN_LIMIT = 320
-"""Prompts up to this many tokens carry whole patterns (any token can be asked where it reads from); longer ones the last row only."""
+PATTERN_BYTES = 1_500_000
+"""What the whole patterns of one prompt may weigh in a page: with them any token can be asked where it reads from. Heads beyond it carry the last row."""
 
 _GLOW = (207, 90, 20)
 
@@ -66,7 +67,6 @@ class Token:
     position: int
     text: str
     kind: str
-    breaks: bool = False
 
 
 @dataclass(frozen=True)
@@ -255,6 +255,12 @@ def picture_grid(view: PromptView, heads: Sequence[Head], *, own_label: Collecti
     return out
 
 
+def _shown(text: str) -> str:
+    """A token as people read it: line breaks and blanks visible, a control token without its brackets."""
+    control = re.fullmatch(r"<\|?([\w/ ]+?)\|?>", text)
+    return control[1] if control else text.replace("\n", "↵").strip(" ") or "␣"
+
+
 def token_kind(view: PromptView, position: int) -> str:
     """A token's role, with labels split by whether they are the answer's."""
     role = view.roles[position]
@@ -299,7 +305,7 @@ def strip(view: PromptView, heads: Sequence[Head] = ()) -> Strip:
         for p in positions:
             if p not in home:
                 text = view.tokens[p]
-                pieces.append(Token(p, text.replace("\n", "↵").strip(" ") or "␣", token_kind(view, p), "\n" in text))
+                pieces.append(Token(p, _shown(text), token_kind(view, p)))
             elif home[p].index not in placed:
                 placed.add(home[p].index)
                 pieces.append(home[p])
@@ -316,10 +322,11 @@ def strip(view: PromptView, heads: Sequence[Head] = ()) -> Strip:
 
 def _payload(view: PromptView, heads: Sequence[Head], kinds: Sequence[str]) -> dict[str, object]:
     n = len(view.tokens)
-    rows = {}
-    for head in heads:
+    rows: dict[str, dict[str, object]] = {}
+    room = PATTERN_BYTES // max(1, 8 * n * n // 3)  # two bytes a number, four thirds of that in base64
+    for k, head in enumerate(heads):
         last = attention_row(view, head)
-        whole = np.asarray(view.patterns[head], dtype=float) if head in view.patterns and n <= PATTERN_LIMIT else last[None]
+        whole = np.asarray(view.patterns[head], dtype=float) if head in view.patterns and k < room else last[None]
         packed = np.rint(np.clip(np.nan_to_num(whole), 0, 1) * 65535).astype("<u2")
         rows[name(head)] = {"n": int(packed.shape[0]), "rows": base64.b64encode(packed.tobytes()).decode()}
     return {"n": n, "kinds": list(kinds), "tokens": list(view.tokens), "heads": rows}

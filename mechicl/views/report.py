@@ -226,7 +226,7 @@ def _patterns(view: PromptView, k: int, heads: list[tuple[int, int]]) -> dict[st
     kept = [h for h in heads if h in view.patterns]
     if not kept:
         return None
-    if len(view.tokens) <= 3 * attention.MAX_TOKENS:
+    if len(view.tokens) <= attention.LONGEST:
         drawn = attention.attention_view(view, kept, element_id=f"patterns-{k}")
         return {
             "view": drawn,
