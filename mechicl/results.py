@@ -60,7 +60,8 @@ class Score:
 
     Arrays are [layer, head]; `per_episode` is [batch, layer, head]. A head that the model cannot give a pattern for is NaN.
     `low`, `high`: 95 % bootstrap interval of `value` over episodes. `null`: mean score with labels (or spans) shuffled over the
-    exemplars; `null_high`: the null's 97.5 % quantile. `p`: one-sided, score above its null; `p_corrected`: Holm over all heads.
+    exemplars; `null_high`: the null's 97.5 % quantile. `p`: one-sided, that the head attends there more than `lift` times what its null does (trifles are
+    significant with enough episodes, in networks with random weights too); `p_corrected`: over all heads, Holm unless said otherwise.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Score:
     per_episode: np.ndarray
     source: str = ""
     null_name: str = "labels shuffled over the exemplars"
+    lift: float = 1.0
 
     def top(self, k: int = 5) -> list[Head]:
         """The k highest heads, best first; heads without a pattern (NaN) never appear."""

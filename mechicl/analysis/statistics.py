@@ -135,50 +135,52 @@ def permutation_p(observed: ArrayLike, exceeded: ArrayLike, n_draws: int) -> np.
 
 def holm(p: ArrayLike) -> np.ndarray:
     """p-values corrected for their number, family-wise (Holm), in the shape they came; NaN entries stay out and stay NaN."""
-    return _corrected(p, "holm")
+    # three lines, because statsmodels' Holm runs the garbage collector at every call: half a second with transformers in memory
+    array = np.asarray(p, dtype=np.float64)
+    out, known = np.full(array.shape, np.nan), ~np.isnan(array)
+    values = array[known]
+    order = np.argsort(values, kind="stable")
+    stepped = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
+    ranked = np.empty_like(values)
+    ranked[order] = np.minimum(stepped, 1.0)
+    out[known] = ranked
+    return out
 
 
 def benjamini_hochberg(p: ArrayLike) -> np.ndarray:
     """p-values corrected for their number, false discovery rate (Benjamini and Hochberg), in the shape they came; NaN stays NaN."""
-    return _corrected(p, "fdr_bh")
-
-
-def _corrected(p: ArrayLike, method: str) -> np.ndarray:
     from statsmodels.stats.multitest import multipletests
 
     array = np.asarray(p, dtype=np.float64)
     out, known = np.full(array.shape, np.nan), ~np.isnan(array)
     if known.any():
-        out[known] = multipletests(array[known], method=method)[1]
+        out[known] = multipletests(array[known], method="fdr_bh")[1]
     return out
 
 
-def outlier_p(own: np.ndarray, others: np.ndarray, *, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def outlier_p(own: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Is one place read more than the places like it? One-sided p that `own` comes from the distribution of `others`, in logs.
 
     A positional preference is the same in every episode, so episodes are not independent evidence for it: the units are the other places (offsets,
     spans) that the same tokens could have read. Logs of attention are near normal in a network that has learnt nothing, which gives Student's
     prediction interval: t = (own - mean(others)) / (s sqrt(1 + 1/m)).
 
-    With `rows` several readers are compared, each with its own others: the differences are averaged, the spread pooled within readers, and
-    nothing is gained from the number of readers, because all may share one preference (for the nearest place, say).
+    Several readers are compared each with its own others: the differences are averaged, the spread pooled within readers, and nothing is gained
+    from the number of readers, because all may share one preference (for the nearest place, say).
 
     Args:
         own: Log attention [reader, ...].
         others: Log attention [reader, place, ...], NaN where a reader has no such place.
-        rows: Unused readers are False, [reader]; default all.
 
     Returns:
-        p [...] and the 97.5 % prediction bound for exp(own) [...], as a ratio to exp(mean of others). NaN with fewer than two others in all.
+        p [...], and the 97.5 % prediction bound of own's excess over the mean of others, as a ratio of attentions [...]. NaN where fewer than two
+        places can be compared.
     """
     from scipy import stats
 
-    use = np.ones(own.shape[0], dtype=bool) if rows is None else np.asarray(rows, dtype=bool)
-    own, others = own[use], others[use]
     known = ~np.isnan(others)
     m = known.sum(1)
-    filled = np.where(known, others, 0.0)
-    mean = filled.sum(1) / np.maximum(m, 1)
+    mean = np.where(known, others, 0.0).sum(1) / np.maximum(m, 1)
     squares = (np.where(known, others - mean[:, None], 0.0) ** 2).sum((0, 1))
     has = (m > 0) & ~np.isnan(own)
     readers, dof = has.sum(0), np.maximum(m - 1, 0).sum(0)
@@ -186,8 +188,37 @@ def outlier_p(own: np.ndarray, others: np.ndarray, *, rows: np.ndarray | None = 
         difference = np.where(has, own - mean, 0.0).sum(0) / readers
         factor = np.where(has, 1 + 1 / np.maximum(m, 1), 0.0).sum(0) / readers
         spread = np.sqrt(squares / dof * factor)
-        t = difference / np.maximum(spread, 1e-12)
-    good = (dof >= 1) & (readers >= 1)
-    p = np.where(good, stats.t.sf(t, np.maximum(dof, 1)), np.nan)
-    bound = np.where(good, np.exp(stats.t.ppf(0.975, np.maximum(dof, 1)) * spread), np.nan)
-    return p, bound
+    return _student(difference, spread, dof, (dof >= 1) & (readers >= 1), stats)
+
+
+def difference_p(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Are places of one kind read more than those of another? Student's two-sample test in logs, one-sided, the places as units.
+
+    Args:
+        first: Log attention [place, ...], NaN where there is none.
+        second: The same for the other kind.
+
+    Returns:
+        As `outlier_p`: p, and the 97.5 % bound of the ratio of attentions.
+    """
+    from scipy import stats
+
+    n, means, squares = [], [], 0.0
+    for values in (first, second):
+        known = ~np.isnan(values)
+        n.append(known.sum(0))
+        means.append(np.where(known, values, 0.0).sum(0) / np.maximum(n[-1], 1))
+        squares = squares + (np.where(known, values - means[-1], 0.0) ** 2).sum(0)
+    dof = n[0] + n[1] - 2
+    good = (dof >= 1) & (n[0] >= 1) & (n[1] >= 1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        spread = np.sqrt(squares / dof * (1 / n[0] + 1 / n[1]))
+    return _student(means[0] - means[1], spread, dof, good, stats)
+
+
+def _student(difference: np.ndarray, spread: np.ndarray, dof: np.ndarray, good: np.ndarray, stats: Any) -> tuple[np.ndarray, np.ndarray]:
+    freedom = np.maximum(dof, 1)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        p = stats.t.sf(difference / np.maximum(spread, 1e-12), freedom)
+        bound = np.exp(stats.t.ppf(0.975, freedom) * spread)
+    return np.where(good, p, np.nan), np.where(good, bound, np.nan)

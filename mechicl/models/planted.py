@@ -61,7 +61,7 @@ def planted_induction(
         raise OptionError(f"n_previous and n_matching must be 1..n_heads = {n_heads}; got {n_previous} and {n_matching}. Add heads.")
     renderer = renderer or ToyRenderer()
     size, room = renderer.vocabulary.size, 8
-    width = max(size, n_ctx)
+    width = max(size, n_ctx) + 1
     content, place = slice(0, size), slice(size, size + n_ctx)
     before, out = slice(size + n_ctx, 2 * size + n_ctx), slice(2 * size + n_ctx, 3 * size + n_ctx)
     d_model = 3 * size + n_ctx + room
@@ -90,6 +90,8 @@ def planted_induction(
                 else:
                     w_q[head, content, :size] = eye * score
                     w_k[head, before, :size] = eye * score
+                    # the first token has nothing before it but itself: keep it from matching
+                    w_q[head, content, -1], w_k[head, place.start, -1] = score, -score
                 w_v[head, content, :size] = eye
                 w_o[head, :size, before if layer == 0 else out] = eye
     idle = [(layer, h) for layer, heads in enumerate((previous, matching)) for h in range(n_heads) if h not in heads]

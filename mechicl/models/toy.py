@@ -171,10 +171,10 @@ class ToyTransformer(Hooked):
         cfg: Sizes, from `toy_config`.
         renderer: Turns episodes into batches; needed for `render` only.
         seed: Decides the initial weights, normal with variance 1 / d_model (queries and keys `sharpness` times as large).
-        sharpness: 1 gives nearly flat attention; larger values give patterns that differ from one another, as a trained model's do.
+        sharpness: How peaked the attention is: about 1 bit of contrast at the default; larger values give patterns like a trained model's.
     """
 
-    def __init__(self, cfg: ToyConfig, renderer: ToyRenderer | None = None, *, seed: int = 0, sharpness: float = 2.0) -> None:
+    def __init__(self, cfg: ToyConfig, renderer: ToyRenderer | None = None, *, seed: int = 0, sharpness: float = 0.7) -> None:
         super().__init__()
         self.cfg, self.seed, self._renderer = cfg, seed, renderer
         self.W_E, self.W_U = nn.Parameter(torch.zeros(cfg.d_vocab, cfg.d_model)), nn.Parameter(torch.zeros(cfg.d_model, cfg.d_vocab))
