@@ -5,6 +5,7 @@ The arrays in a figure are the arrays of the result, untouched.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -206,38 +207,56 @@ def dose_lines(result: DoseCurve) -> Spec:
 
 
 def growth_lines(result: Series) -> Spec:
-    """Measures along training on the same probe episodes, with the stages as bands."""
-    steps = np.asarray(result.steps)
+    """Measures along training on the same probe episodes, with the stages as bands: answers above, attention below where there are both."""
+    keys = list(result.values)
+    answers = [k for k in keys if re.search(r"accura|cla\b", k, re.IGNORECASE)]
+    panels = [part for part in (answers, [k for k in keys if k not in answers]) if part]
+    titles = ["answers", "attention"] if len(panels) == 2 else [result.unit]
     data: list[Spec] = []
-    for k, (key, values) in enumerate(result.values.items()):
-        colour = LINES[k % len(LINES)]
-        low, high = result.low.get(key), result.high.get(key)
-        if low is not None and high is not None and len(low) == len(steps):
-            rgb = ",".join(str(int(colour[i : i + 2], 16)) for i in (1, 3, 5))
-            data += [
-                {"type": "scatter", "mode": "lines", "x": steps, "y": np.asarray(high), "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip", "name": f"{key} high", "legendgroup": key},
-                {"type": "scatter", "mode": "lines", "x": steps, "y": np.asarray(low), "line": {"width": 0}, "fill": "tonexty", "fillcolor": f"rgba({rgb},0.14)", "showlegend": False,
-                 "hoverinfo": "skip", "name": f"{key} low", "legendgroup": key},
-            ]  # fmt: skip
-        data.append(
-            {"type": "scatter", "mode": "lines+markers" if len(steps) < 60 else "lines", "x": steps, "y": np.asarray(values), "name": words(key), "legendgroup": key,
-             "line": {"color": colour, "width": 2.2, "dash": DASHES[k % len(DASHES)]}, "marker": {"size": 6, "color": colour}, "hovertemplate": "%{y:.3f}"}
-        )  # fmt: skip
+    layout: Spec = {}
+    for row, part in enumerate(panels):
+        suffix = "" if row == 0 else "2"
+        for k, key in enumerate(part):
+            data += _line(result, key, k, "y" + suffix, "legend" + suffix)
+        top = 1.0 if row == 0 else 0.44
+        bottom = 0.0 if len(panels) == 1 or row == 1 else 0.54
+        layout[f"yaxis{suffix}"] = {
+            "title": {"text": f"{titles[row]}, {result.unit}" if len(panels) == 2 else titles[row]},
+            "domain": [bottom, top],
+            "anchor": "x",
+        }
+        layout[f"legend{suffix}"] = {"orientation": "v", "x": 1.02, "xanchor": "left", "y": top, "yanchor": "top"}
     shapes, notes = _stages(result)
     return {
         "data": data,
-        "layout": {
-            "title": {"text": "<b>How the circuit grew during training</b>", "subtitle": {"text": f"{result.unit}; the same {result.n} probe episodes throughout; shading: training stages"}},
-            "height": 470,
-            "hovermode": "x unified",
-            "xaxis": {"title": {"text": "training step"}, "zeroline": False},
-            "yaxis": {"title": {"text": result.unit}},
+        "layout": layout | {
+            "title": {"text": "<b>How the circuit grew during training</b>", "subtitle": {"text": f"the same {result.n} probe episodes throughout, 95 % intervals; shading: training stages"}},
+            "height": 440 if len(panels) == 1 else 620,
+            "hovermode": "x",
+            "xaxis": {"title": {"text": "training step"}, "zeroline": False, "anchor": "y" if len(panels) == 1 else "y2"},
             "shapes": shapes,
             "annotations": notes,
-            "margin": {"t": 104, "b": 110},
-            "legend": {"y": -0.2},
+            "margin": {"t": 104},
         },
     }  # fmt: skip
+
+
+def _line(result: Series, key: str, k: int, axis: str, legend: str) -> list[Spec]:
+    """One measure with its band, in the k-th colour and dash."""
+    steps, values = np.asarray(result.steps), np.asarray(result.values[key])
+    colour, low, high = LINES[k % len(LINES)], result.low.get(key), result.high.get(key)
+    common: Spec = {"type": "scatter", "x": steps, "yaxis": axis, "legend": legend, "legendgroup": key}
+    out: list[Spec] = []
+    if low is not None and high is not None and len(low) == len(steps):
+        rgb = ",".join(str(int(colour[i : i + 2], 16)) for i in (1, 3, 5))
+        hidden: Spec = {"mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
+        out = [
+            common | hidden | {"y": np.asarray(high), "name": f"{words(key)} high"},
+            common | hidden | {"y": np.asarray(low), "name": f"{words(key)} low", "fill": "tonexty", "fillcolor": f"rgba({rgb},0.12)"},
+        ]  # fmt: skip
+    line: Spec = {"y": values, "name": words(key), "mode": "lines+markers" if len(steps) < 60 else "lines", "hovertemplate": f"{words(key)} %{{y:.3f}}<extra></extra>",
+                  "line": {"color": colour, "width": 2.2, "dash": DASHES[k % len(DASHES)]}, "marker": {"size": 5, "color": colour}}  # fmt: skip
+    return [*out, common | line]
 
 
 def _stages(result: Series) -> tuple[list[Spec], list[Spec]]:
@@ -250,19 +269,7 @@ def _stages(result: Series) -> tuple[list[Spec], list[Spec]]:
     for k, ((start, stage), end) in enumerate(zip(result.stages, ends, strict=False)):
         shapes.append({"type": "rect", "layer": "below", "xref": "x", "yref": "paper", "x0": start, "x1": end, "y0": 0, "y1": 1, "line": {"width": 0},
                        "fillcolor": "rgba(125,135,147,0.13)" if k % 2 == 0 else "rgba(125,135,147,0.03)"})  # fmt: skip
-        notes.append(
-            {
-                "xref": "x",
-                "yref": "paper",
-                "x": start,
-                "y": 1.0,
-                "xanchor": "left",
-                "yanchor": "bottom",
-                "text": f"{k + 1} {words(stage)}",
-                "showarrow": False,
-                "textangle": 0,
-            }
-        )
+        notes.append({"xref": "x", "yref": "paper", "x": start, "y": 1.0, "xanchor": "left", "yanchor": "bottom", "text": f"{k + 1} {words(stage)}", "showarrow": False})  # fmt: skip
     return shapes, notes
 
 
