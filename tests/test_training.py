@@ -17,13 +17,25 @@ from torch import Generator
 
 from mechicl.errors import CheckpointError, OptionError, OutputPathError
 from mechicl.prompts.render import Renderer
-from mechicl.training.assembly import Rows, Shape, assemble, compile_skeleton, example, model_inputs, pixels, targets
+from mechicl.training.assembly import (
+    Rows,
+    Shape,
+    Skeleton,
+    assemble,
+    compile_skeleton,
+    example,
+    model_inputs,
+    pixels,
+    strip_template,
+    targets,
+)
 from mechicl.training.glyphs import HELD_OUT, draw_glyphs
 from mechicl.training.growth import growth_steps, head_scores, read_growth
 from mechicl.training.organisms import build
 from mechicl.training.runs import Run
 from mechicl.training.stages import demo, micro, plan
 from mechicl.training.tasks import Bench, draw_items, draw_orders, read_lexicon
+from mechicl.training.vision import together
 from mechicl.training.vlm import train
 
 TRAINED = ("qwen2_5_vl", "qwen3_vl", "llava", "internvl", "gemma3", "smolvlm")
@@ -61,7 +73,9 @@ def test_fast_prompts_equal_the_renderers_in_every_family(family: str, shape: Sh
     fast = model_inputs(model, rows, pixels(processor, drawn, shape.n_items) if shape.size else {})
     shown = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in drawn]
     episodes = [
-        example(shape, [WORDS[i] for i in labels[k]], [WORDS[i] for i in words[k]], shown[k * shape.n_items : (k + 1) * shape.n_items], order[k])
+        example(
+            shape, [WORDS[i] for i in labels[k]], [WORDS[i] for i in words[k]], shown[k * shape.n_items : (k + 1) * shape.n_items], order[k]
+        )
         for k in range(batch)
     ]
     slow = renderer.render(episodes)
@@ -269,6 +283,31 @@ def test_a_plan_is_json_and_its_growth_points_are_spread_evenly_on_a_logarithm()
     assert steps[0] == 0
     assert steps[-1] == 5000
     assert 15 <= len(steps) <= 22
+
+
+@pytest.mark.parametrize("size", [28, 56, 84])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava"])
+def test_pictures_seen_together_give_the_same_numbers(family: str, size: int) -> None:
+    model, processor = build(family, preset="demo")
+    drawn = draw_items(torch.tensor([[0, 1, 0]]), 2, size, Generator().manual_seed(4), glyphs=1.0, split="train")
+    shape = Shape(2, 1, size=size)
+    skeleton = compile_skeleton(Renderer(processor, model.config), shape)
+    rows = assemble(skeleton, [[(300,), (301, 302)]], [[(), ()]], [[0, 1, 0]], pad=0)
+    inputs = model_inputs(model, rows, pixels(processor, drawn, 3))
+    with torch.no_grad():
+        apart = model(**inputs).logits
+        with together(model):
+            joint = model(**inputs).logits
+        after = model(**inputs).logits
+    assert torch.equal(apart, after)  # nothing stays behind
+    assert torch.allclose(apart, joint, atol=1e-5)  # float32; the sums run in another order
+
+
+def test_a_stripped_prompt_keeps_pictures_labels_and_the_end_of_a_label() -> None:
+    glue = ((9, 1, 2, 7, 7, 3, 9, 5), (4, 9, 2, 7, 3, 5), (4,))
+    lean = strip_template(Skeleton(glue, (("label", 0), ("label", 1))), image_id=7, special={2, 3, 4})
+    assert lean.glue == ((2, 7, 7, 3, 5), (4, 2, 7, 3, 5), (4,))
+    assert lean.slots == (("label", 0), ("label", 1))
 
 
 def test_head_scores_agree_with_attention_read_by_hand() -> None:

@@ -7,7 +7,7 @@ is concatenation of lists. A test holds the result equal to the Renderer's own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ class Shape:
     """What episodes of a training batch have in common.
 
     `size`: side of the pictures in pixels, 0 for items without a picture. `words`: items carry a word. Counts `n_classes`, `n_shots` (per class).
+    `lean`: without the chat template, three times as many pictures for the same tokens (see `strip_template`).
     """
 
     n_classes: int
@@ -39,6 +40,7 @@ class Shape:
     words: bool = False
     instruction: str = ""
     question: str = ""
+    lean: bool = False
 
     @property
     def n_items(self) -> int:
@@ -125,6 +127,26 @@ def compile_skeleton(renderer: Renders, shape: Shape, closing: Tokens | None = N
     return Skeleton((*glue, tuple(closing)), tuple(slots))
 
 
+def strip_template(skeleton: Skeleton, image_id: int, special: Collection[int]) -> Skeleton:
+    """A prompt without its chat template: of each item the picture with the markers beside it, of each label the token before it and what ends it.
+
+    Training on such rows is a shorter way to the same skill; they are never what a user's prompt looks like.
+    """
+    closing = skeleton.glue[-1]
+    pieces: list[Tokens] = []
+    for k, piece in enumerate(skeleton.glue[:-1]):
+        role, _ = skeleton.slots[k]
+        kept: Tokens = closing if k and skeleton.slots[k - 1][0] == "label" else ()
+        where = [i for i, token in enumerate(piece) if token == image_id]
+        if where:
+            first, last = where[0], where[-1]
+            first -= first > 0 and piece[first - 1] in special
+            last += last + 1 < len(piece) and piece[last + 1] in special
+            kept += piece[first : last + 1]
+        pieces.append(kept + (piece[-1:] if role == "label" else ()))
+    return Skeleton((*pieces, closing), skeleton.slots)
+
+
 def assemble(
     skeleton: Skeleton,
     labels: Sequence[Sequence[Tokens]],
@@ -190,11 +212,15 @@ def model_inputs(model: Any, rows: Rows, picture: Mapping[str, Any]) -> dict[str
     config = model.config
     inputs: dict[str, Any] = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask, **picture}
     if picture or config.model_type in ("gemma3", "paligemma"):
-        image_id = getattr(config, "image_token_id", None)
-        image_id = image_id if image_id is not None else config.image_token_index
-        kind = (rows.input_ids == image_id).long()
+        kind = (rows.input_ids == image_token(config)).long()
         if config.model_type in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
             inputs["mm_token_type_ids"] = kind
         elif config.model_type in ("gemma3", "paligemma"):
             inputs["token_type_ids"] = kind
     return inputs
+
+
+def image_token(config: Any) -> int:
+    """The token that stands for a piece of a picture."""
+    found = getattr(config, "image_token_id", None)
+    return int(found if found is not None else config.image_token_index)

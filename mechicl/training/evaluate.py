@@ -38,7 +38,9 @@ class Outcome:
 
 
 @torch.no_grad()
-def label_scores(model: Any, batch: Batch) -> tuple[Float[Tensor, "batch label"], Float[Tensor, "batch label"], Float[Tensor, "batch vocab"]]:
+def label_scores(
+    model: Any, batch: Batch
+) -> tuple[Float[Tensor, "batch label"], Float[Tensor, "batch label"], Float[Tensor, "batch vocab"]]:
     """Full-label log-probabilities in nats of every candidate (each prompt must have equally many), whether greedy decoding
     would write the label, and the logits of the answer's first token."""
     n_labels = len(batch.candidate_ids[0])

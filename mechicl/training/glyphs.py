@@ -108,7 +108,9 @@ def draw_strokes(ids: Int[Tensor, " n"], generator: Generator, *, spread: float 
     return ((thick - distance) / edge + 0.5).clamp(0, 1)
 
 
-def draw_glyphs(ids: Int[Tensor, " n"], size: int, generator: Generator, *, group: int = 1, spread: float = 1.0) -> UInt8[Tensor, "n 3 size size"]:
+def draw_glyphs(
+    ids: Int[Tensor, " n"], size: int, generator: Generator, *, group: int = 1, spread: float = 1.0
+) -> UInt8[Tensor, "n 3 size size"]:
     """Pictures of glyphs, one fresh instance per id.
 
     Args:

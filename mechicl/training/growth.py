@@ -17,6 +17,7 @@ from torch import Generator, Tensor
 
 from mechicl.errors import CheckpointError
 from mechicl.results import Provenance, Series
+from mechicl.training.assembly import image_token
 from mechicl.training.stages import Probe
 from mechicl.training.tasks import Bench, Work
 
@@ -53,12 +54,6 @@ def token_hits(model: Any, work: Work) -> Tensor:
     return hits
 
 
-def image_token(config: Any) -> int:
-    """The token that stands for a piece of a picture."""
-    found = getattr(config, "image_token_id", None)
-    return int(found if found is not None else config.image_token_index)
-
-
 @torch.no_grad()
 def head_scores(model: Any, work: Work) -> dict[str, Tensor]:
     """Attention of every head on the probe: previous token, label to its own item, query to right minus wrong labels; and CLA.
@@ -70,7 +65,8 @@ def head_scores(model: Any, work: Work) -> dict[str, Tensor]:
     Source:
         Huang et al. 2026 (PH, ILA, IHStrength, CLA). Differs: masses per span; previous token on text rows only.
     """
-    assert work.rows is not None and work.order is not None
+    assert work.rows is not None
+    assert work.order is not None
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
@@ -185,5 +181,6 @@ def read_growth(folder: str | os.PathLike[str]) -> Series:
             stages=tuple((int(step), str(name)) for step, name in data["stages"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"folder must hold a readable {GROWTH}; {path} is not ({error}). Train a model with `mechicl train vlm`.") from error
-
+        raise CheckpointError(
+            f"folder must hold a readable {GROWTH}; {path} is not ({error}). Train a model with `mechicl train vlm`."
+        ) from error

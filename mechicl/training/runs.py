@@ -48,12 +48,16 @@ class Run:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputPathError(f"out must be a folder that can be written; got {path} ({error.strerror}). Choose another place.") from error
+            raise OutputPathError(
+                f"out must be a folder that can be written; got {path} ({error.strerror}). Choose another place."
+            ) from error
         run = cls(path)
         wanted = json.loads(json.dumps(config))
         if (path / CONFIG).exists():
             if not resume:
-                raise OutputPathError(f"out must be an empty folder; {path} holds a run. Pass resume=True to continue it, or choose another folder.")
+                raise OutputPathError(
+                    f"out must be an empty folder; {path} holds a run. Pass resume=True to continue it, or choose another folder."
+                )
             compare(read_json(path / CONFIG), wanted, path)
         elif any(path.iterdir()):
             raise OutputPathError(f"out must be an empty folder or a run's folder; {path} holds other files. Choose another folder.")

@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from mechicl.data.compose import INSTRUCTION, QUESTION
 from mechicl.errors import OptionError
 from mechicl.training.assembly import Shape
 from mechicl.training.tasks import Choice
 
-Preset = Literal["demo", "micro"]
+Preset = Literal["demo", "quick", "micro"]
 
 
 @dataclass(frozen=True)
@@ -67,34 +68,34 @@ class Plan:
         return asdict(self)
 
 
-TOLD = {"instruction": "Answer with a single word.", "question": "What is this?"}
+TOLD = Shape(4, 2, size=28, instruction=INSTRUCTION, question=QUESTION)
 """What `mechicl.data` asks by default."""
 
 REPEATS = Probe("repeated sequences", None)
 WORDS = Probe("words 4 x 2", Shape(4, 2, size=0, words=True))
-PICTURES = Probe("pictures 4 x 2", Shape(4, 2, size=28, **TOLD), glyphs=0.0)
-MANY = Probe("pictures 8 x 1", Shape(8, 1, size=28, **TOLD), glyphs=0.0)
-LARGE = Probe("larger pictures 4 x 2", Shape(4, 2, size=56, **TOLD), glyphs=0.0)
-PENS = Probe("pen strokes 4 x 2", Shape(4, 2, size=28, **TOLD), glyphs=1.0)
+PICTURES = Probe("pictures 4 x 2", TOLD, glyphs=0.0)
+MANY = Probe("pictures 8 x 1", replace(TOLD, n_classes=8, n_shots=1), glyphs=0.0)
+LARGE = Probe("larger pictures 4 x 2", replace(TOLD, size=56), glyphs=0.0)
+PENS = Probe("pen strokes 4 x 2", TOLD, glyphs=1.0)
 
 REPEAT = Choice(1.0, "repeat")
 WORDS_ONLY = Choice(1.0, n_classes=(2, 3, 4), n_shots=(1, 2), sizes=(0,))
 
 
-def demo(wide: int = 3000) -> Plan:
+def demo(wide: int = 2800) -> Plan:
     """The bundled model's plan. `wide`: steps of the last stage."""
-    few = Choice(0.15, n_classes=(4,), n_shots=(2,), sizes=(0,), instructed=0.3)
-    both = Choice(0.20, n_classes=(4,), n_shots=(2,), sizes=(28,), words=(True,), instructed=0.3)
-    seen = Choice(0.65, n_classes=(4,), n_shots=(2,), sizes=(28,), glyphs=0.25, instructed=0.3)
+    few = Choice(0.12, n_classes=(4,), n_shots=(2,), sizes=(0,), instructed=0.3)
+    both = Choice(0.13, n_classes=(4,), n_shots=(2,), sizes=(28,), words=(True,), instructed=0.3, lean=0.5)
+    seen = Choice(0.75, n_classes=(4,), n_shots=(2, 3), sizes=(28,), glyphs=0.3, instructed=0.5, lean=0.65)
     everything = (
-        Choice(0.03, "repeat"),
-        Choice(0.06, n_classes=(2, 4, 6, 8), n_shots=(1, 2, 3), sizes=(0,), instructed=0.5),
-        Choice(0.06, n_classes=(2, 4, 6), n_shots=(1, 2), sizes=(28, 56), words=(True,), instructed=0.5),
-        Choice(0.30, n_classes=(3, 4, 5), n_shots=(2,), sizes=(28,), glyphs=0.35, instructed=0.5),
-        Choice(0.20, n_classes=(6, 8), n_shots=(1,), sizes=(28,), glyphs=0.25, instructed=0.5),
-        Choice(0.10, n_classes=(2, 3, 4, 6, 8), n_shots=(1, 2, 3, 4), sizes=(28,), glyphs=0.35, instructed=0.5),
-        Choice(0.20, n_classes=(2, 4, 6, 8), n_shots=(1, 2), sizes=(56,), glyphs=0.25, instructed=0.6),
-        Choice(0.05, n_classes=(2, 4), n_shots=(1, 2), sizes=(84, 112), glyphs=0.25, instructed=0.6),
+        Choice(0.02, "repeat"),
+        Choice(0.05, n_classes=(2, 4, 6, 8), n_shots=(1, 2, 3), sizes=(0,), instructed=0.5),
+        Choice(0.05, n_classes=(2, 4, 6), n_shots=(1, 2), sizes=(28, 56), words=(True,), instructed=0.5, lean=0.3),
+        Choice(0.32, n_classes=(3, 4, 5), n_shots=(2, 3), sizes=(28,), glyphs=0.4, instructed=0.7, lean=0.7),
+        Choice(0.18, n_classes=(6, 8), n_shots=(1,), sizes=(28,), glyphs=0.3, instructed=0.7, lean=0.5),
+        Choice(0.10, n_classes=(2, 3, 4, 6, 8), n_shots=(1, 2, 3, 4), sizes=(28,), glyphs=0.4, instructed=0.7, lean=0.4),
+        Choice(0.23, n_classes=(2, 4, 6, 8), n_shots=(1, 2), sizes=(56,), glyphs=0.3, instructed=0.7, lean=0.5),
+        Choice(0.05, n_classes=(2, 4), n_shots=(1, 2), sizes=(84, 112), glyphs=0.3, instructed=0.7, lean=0.5),
     )
     return Plan(
         (
@@ -105,7 +106,18 @@ def demo(wide: int = 3000) -> Plan:
         ),
         growth=(REPEATS, WORDS, PICTURES, MANY, LARGE, PENS),
         heads=replace(PICTURES, n=48),
+        vision={"hidden_size": 96, "intermediate_size": 192},
+        tokens=3072,
+        checkpoint_every=100,
     )
+
+
+def quick() -> Plan:
+    """Minutes: an organism that names pictures at one size in prompts of its chat template, for studies across families."""
+    wide = demo()
+    repeats, words, pictures, _ = wide.stages
+    settle = replace(pictures, name="settling", criterion=1.1, cap=400, decay=True, every=100)
+    return replace(wide, stages=(repeats, words, replace(pictures, criterion=0.85, cap=2000), settle), growth_points=12)
 
 
 def micro() -> Plan:
@@ -114,7 +126,14 @@ def micro() -> Plan:
     return Plan(
         (
             Stage("repeated sequences", (REPEAT,), Probe("repeated sequences", None, n=8), 1.1, 4, every=2),
-            Stage("words", (Choice(1.0, n_classes=(2,), n_shots=(1,), sizes=(0,)),), Probe("words", Shape(2, 1, 0, True), n=8), 1.1, 4, every=2),
+            Stage(
+                "words",
+                (Choice(1.0, n_classes=(2,), n_shots=(1,), sizes=(0,)),),
+                Probe("words", Shape(2, 1, 0, True), n=8),
+                1.1,
+                4,
+                every=2,
+            ),
             Stage("pictures", (tiny,), Probe("pictures", Shape(2, 1), glyphs=1.0, n=8), 1.1, 6, decay=True, every=2),
         ),
         tokens=256,
@@ -132,7 +151,7 @@ def plan(preset: str) -> Plan:
     Raises:
         OptionError: there is no such preset.
     """
-    plans = {"demo": demo, "micro": micro}
+    plans = {"demo": demo, "quick": quick, "micro": micro}
     if preset not in plans:
         raise OptionError(f"preset must be one of {', '.join(plans)}; got {preset!r}. Use 'demo' for a model that learns from examples.")
     return plans[preset]()

@@ -17,7 +17,19 @@ from torch import Generator, Tensor
 
 from mechicl.data import concepts
 from mechicl.prompts.episode import Episode, Shot
-from mechicl.training.assembly import Rows, Shape, Skeleton, Tokens, assemble, compile_skeleton, model_inputs, pixels, targets
+from mechicl.training.assembly import (
+    Rows,
+    Shape,
+    Skeleton,
+    Tokens,
+    assemble,
+    compile_skeleton,
+    image_token,
+    model_inputs,
+    pixels,
+    strip_template,
+    targets,
+)
 from mechicl.training.glyphs import HELD_OUT, draw_glyphs
 
 if TYPE_CHECKING:
@@ -41,7 +53,7 @@ class Choice:
 
     `kind`: "repeat" (a random sequence twice) or "episode". `sizes`: sides of pictures in pixels, 0 for words alone. `words`: whether items carry
     a word. `glyphs`: share of episodes whose pictures are pen strokes, the others are concepts. `instructed`: share of steps with an instruction
-    and a question.
+    and a question. `lean`: share of steps without the chat template.
     """
 
     weight: float
@@ -52,6 +64,7 @@ class Choice:
     words: tuple[bool, ...] = (False,)
     glyphs: float = 0.5
     instructed: float = 0.0
+    lean: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +117,9 @@ class Bench:
     def skeleton(self, shape: Shape) -> Skeleton:
         """The shape's skeleton, rendered the first time it is asked for."""
         if shape not in self.skeletons:
-            self.skeletons[shape] = compile_skeleton(self.renderer, shape)
+            skeleton = compile_skeleton(self.renderer, shape)
+            special = set(self.processor.tokenizer.all_special_ids)
+            self.skeletons[shape] = strip_template(skeleton, image_token(self.model.config), special) if shape.lean else skeleton
         return self.skeletons[shape]
 
     def work(self, choices: Sequence[Choice], step: int) -> Work:
@@ -159,7 +174,8 @@ class Bench:
 def draw_shape(choice: Choice, rng: random.Random) -> Shape:
     """One shape of a choice."""
     size = rng.choice(choice.sizes)
-    told = rng.random() < choice.instructed
+    lean = rng.random() < choice.lean
+    told = rng.random() < choice.instructed and not lean
     return Shape(
         n_classes=rng.choice(choice.n_classes),
         n_shots=rng.choice(choice.n_shots),
@@ -167,6 +183,7 @@ def draw_shape(choice: Choice, rng: random.Random) -> Shape:
         words=rng.choice(choice.words) or not size,
         instruction=rng.choice(INSTRUCTIONS) if told else "",
         question=rng.choice(QUESTIONS) if told and rng.random() < 0.7 else "",
+        lean=lean,
     )
 
 

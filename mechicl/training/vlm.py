@@ -6,7 +6,7 @@ import importlib.metadata
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from mechicl.results import Provenance, Series
 from mechicl.training.growth import GROWTH, growth_steps, measure, probe_work, right_answers, to_series, write_growth
 from mechicl.training.organisms import FAMILIES, build, save
 from mechicl.training.runs import Run, write_text
-from mechicl.training.stages import Plan, Stage, plan
+from mechicl.training.stages import Plan, Probe, Stage, plan
 from mechicl.training.tasks import Bench, Work
+from mechicl.training.vision import together
 
 MODEL = "model"
 """The Hugging Face folder within a run's folder."""
@@ -46,6 +47,8 @@ class Trainer:
     stage_start: int = 0
     live: float = 0.0
     """Running share of target tokens predicted right, for the progress bar."""
+    score: float = math.nan
+    """What the stage's probe last said."""
     seconds: float = 0.0
     boundaries: list[tuple[int, str]] = field(default_factory=list)
     probes: dict[str, Work] = field(default_factory=dict)
@@ -79,7 +82,8 @@ def train(
 
     Args:
         family: transformers' model type, one of `mechicl.training.organisms.FAMILIES` (but PaliGemma and Mllama).
-        preset: "demo", a real in-context learner in tens of minutes on two CPU cores, or "micro", seconds, for tests.
+        preset: "demo", the bundled model's recipe, tens of minutes on two CPU cores; "quick", minutes, a learner of one picture size;
+            "micro", seconds, for tests: it learns nothing.
         out: The run's folder: configuration, metrics, the checkpoint to continue from, and `model/`, the Hugging Face folder.
         seed: Seed of the weights and of every batch.
         resume: Continue the run in `out`; the result is the same to the bit as without the interruption (with one thread).
@@ -169,11 +173,12 @@ def learn(trainer: Trainer, progress: bool) -> None:
             if trainer.step in growth and trainer.step == 0:
                 record_growth(trainer)
             started = time.monotonic()
-            loss = take_step(trainer, stage)
+            with together(trainer.model):
+                loss = take_step(trainer, stage)
             trainer.seconds += time.monotonic() - started
             bar.update()
-            done, score = judge(trainer, stage, loss)
-            bar.set_postfix_str(f"{stage.name}: tokens {trainer.live:.2f}, probe {score}", refresh=False)
+            done = judge(trainer, stage, loss)
+            bar.set_postfix_str(f"{stage.name}: tokens {trainer.live:.2f}, {stage.probe.name} {trainer.score:.2f}", refresh=False)
             if trainer.step in growth or done:
                 record_growth(trainer)
             if done:
@@ -214,24 +219,22 @@ def pace(step: int, stage: Stage, warmup: int) -> float:
     return rise * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / stage.cap)) if stage.decay else 1.0)
 
 
-def judge(trainer: Trainer, stage: Stage, loss: float) -> tuple[bool, str]:
-    """Whether the stage is over, and what its probe last said."""
+def judge(trainer: Trainer, stage: Stage, loss: float) -> bool:
+    """Probe now and then; say whether the stage is over."""
     taken = trainer.step - trainer.stage_start
-    score = getattr(trainer, "_score", math.nan)
     done = taken >= stage.cap
     if taken % stage.every == 0 or done:
         trainer.model.eval()
-        score = float(right_answers(trainer.model, work_for(trainer, stage.probe)).mean())
-        trainer._score = score  # type: ignore[attr-defined]
+        trainer.score = float(right_answers(trainer.model, work_for(trainer, stage.probe)).mean())
         trainer.run.log(
             {"step": trainer.step, "stage": stage.name, "loss": round(loss, 5), "live": round(trainer.live, 5), "probe": stage.probe.name,
-             "accuracy": score, "seconds": round(trainer.seconds, 1)}
+             "accuracy": trainer.score, "seconds": round(trainer.seconds, 1)}
         )  # fmt: skip
-        done = done or (score >= stage.criterion and not stage.decay)
-    return done, f"{score:.2f}"
+        done = done or (trainer.score >= stage.criterion and not stage.decay)
+    return done
 
 
-def work_for(trainer: Trainer, probe: Any) -> Work:
+def work_for(trainer: Trainer, probe: Probe) -> Work:
     """A probe's episodes, drawn once."""
     key = f"{probe.name} {probe.n} {probe.glyphs}"
     if key not in trainer.probes:
@@ -258,12 +261,15 @@ def finish(trainer: Trainer, family: str, preset: str, seed: int) -> Path:
     save(trainer.model.eval(), trainer.processor, folder)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     provenance = Provenance(
-        model=f"{family} ({preset})", dtype="float32", attention="eager", device="cpu", task="held-out probe episodes", seed=seed, versions=versions
+        model=f"{family} ({preset})",
+        dtype="float32",
+        attention="eager",
+        device="cpu",
+        task="held-out probe episodes",
+        seed=seed,
+        versions=versions,
     )
     write_text(folder / GROWTH, write_growth(growth_of(trainer.run, trainer.boundaries, trainer.plan.heads.n, provenance)))
     log = (trainer.run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     write_text(folder / "training_log.jsonl", "\n".join(line for line in log if '"measures"' not in line) + "\n")
     return folder
-
-
-Progress = Callable[[int], None]
