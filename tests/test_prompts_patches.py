@@ -59,38 +59,112 @@ def touched(pixels: np.ndarray, x: int, y: int, side: int = 4) -> np.ndarray:
     return other
 
 
+def check_boxes(
+    model: Any, processor: Any, pictures: list[np.ndarray], which: int, *, spread: float = 3.0, move: float = 0.0, spots: int = 4
+) -> int:
+    """Changes a few pixels of one picture, several times; fails unless exactly the tokens whose boxes hold them change. Returns how many changed.
+
+    `spread`: pixels of the token grid's resolution over which resampling spreads a pixel. `move`: shifts the boxes, for the negative control.
+    """
+    renderer = Renderer(processor, model.config)
+    draw = np.random.default_rng(5)
+    height, width = pictures[which].shape[:2]
+    batch = renderer.render([episode(*pictures)])
+    before = embeddings(model, batch)
+    boxes = {p: (a + move, b, c + move, d) for p, (a, b, c, d) in batch.patches[0][which].items()}
+    tokens = {int(p) for p in batch.mask("image", image=which)[0].nonzero()[:, 0]}
+    assert boxes, "no boxes at all"
+    total = 0
+    for _ in range(spots):
+        x, y = int(draw.integers(0, width - 4)), int(draw.integers(0, height - 4))
+        other = [touched(p, x, y) if k == which else p for k, p in enumerate(pictures)]
+        after = embeddings(model, renderer.render([episode(*other)]))
+        changed = {int(p) for p in ((after - before)[0].abs().amax(-1) > 1e-5).nonzero()[:, 0]}
+        total += len(changed)
+        assert changed <= tokens, "a token outside the picture changed"
+        assert changed <= boxes.keys(), "a token without a place changed"
+        inside = {p for p, (a, b, c, d) in boxes.items() if a < x + 3 and c > x + 1 and b < y + 3 and d > y + 1}
+        assert inside <= changed, "a token whose box holds the spot did not change"
+        for p in changed:
+            a, b, c, d = boxes[p]
+            dx, dy = 2 + spread * max(1.0, (c - a) / 14), 2 + spread * max(1.0, (d - b) / 14)
+            near = a - dx < x + 4 and c + dx > x and b - dy < y + 4 and d + dy > y
+            assert near, f"a token changed whose box {boxes[p]} is far from ({x}, {y})"
+    return total
+
+
 @pytest.mark.parametrize("alone", [True, False], ids=["one picture", "three pictures"])
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "mllama"])
 def test_the_tokens_that_change_are_those_whose_box_holds_the_changed_pixels(family: str, alone: bool) -> None:
     model, processor = without_mixing(family)
-    renderer = Renderer(processor, model.config)
-    draw = np.random.default_rng(5)
     for size in SIZES if alone else SIZES[1:2]:
         pictures = [noise(size, 1)] if alone else [noise((60, 60), 2), noise(size, 1), noise((70, 90), 3)]
-        which = 0 if alone else 1
-        batch = renderer.render([episode(*pictures)])
-        before = embeddings(model, batch)
-        boxes = batch.patches[0][which]
-        tokens = {int(p) for p in batch.mask("image", image=which)[0].nonzero()[:, 0]}
-        assert boxes, f"{family}: no boxes at all"
-        for _ in range(4):
-            x, y = int(draw.integers(0, size[0] - 4)), int(draw.integers(0, size[1] - 4))
-            changed_pictures = [touched(p, x, y) if k == which else p for k, p in enumerate(pictures)]
-            after = embeddings(model, renderer.render([episode(*changed_pictures)]))
-            changed = {int(p) for p in ((after - before)[0].abs().amax(-1) > 1e-5).nonzero()[:, 0]}
-            assert changed <= tokens, "a token outside the picture changed"
-            assert changed <= boxes.keys(), "a token without a place changed"
-            inside = {p for p, (a, b, c, d) in boxes.items() if a < x + 3 and c > x + 1 and b < y + 3 and d > y + 1}
-            assert inside <= changed or cropped(family, boxes, x, y)
-            for p in changed:  # resampling spreads a pixel by at most three pixels of the coarser grid
-                a, b, c, d = boxes[p]
-                dx, dy = 2 + 3 * max(1.0, (c - a) / 14), 2 + 3 * max(1.0, (d - b) / 14)
-                assert a - dx < x + 4 and c + dx > x and b - dy < y + 4 and d + dy > y, f"{family}: a token changed whose box {boxes[p]} is far from ({x}, {y})"
+        assert check_boxes(model, processor, pictures, 0 if alone else 1)
 
 
-def cropped(family: str, boxes: Any, x: int, y: int) -> bool:
-    """Whether the spot lies in what LLaVA cuts away."""
-    return family == "llava" and not any(a <= x + 2 <= c and b <= y + 2 <= d for a, b, c, d in boxes.values())
+def test_boxes_in_the_wrong_place_would_be_noticed() -> None:
+    model, processor = without_mixing("qwen2_5_vl")
+    with pytest.raises(AssertionError, match="box"):
+        check_boxes(model, processor, [noise((150, 70), 1)], 0, move=28.0)
+
+
+def pan_and_scan(model: Any, processor: Any) -> None:
+    processor.images_kwargs = {**processor.images_kwargs, "do_pan_and_scan": True, "pan_and_scan_min_crop_size": 28}
+
+
+def no_splitting(model: Any, processor: Any) -> None:
+    processor.image_processor.do_image_splitting = False
+
+
+def six_tiles(model: Any, processor: Any) -> None:
+    processor.image_processor.max_patches = 6
+
+
+def no_tiles(model: Any, processor: Any) -> None:
+    processor.images_kwargs = {"crop_to_patches": False}
+
+
+def shrunk_grid(model: Any, processor: Any) -> None:
+    processor.vision_aspect_ratio = model.config.vision_aspect_ratio = "anyres_max_1"
+
+
+def wide_canvases(model: Any, processor: Any) -> None:
+    processor.image_processor.image_grid_pinpoints = model.config.image_grid_pinpoints = [[28, 84], [84, 28], [112, 56], [28, 56]]
+
+
+def padded_first(model: Any, processor: Any) -> None:
+    processor.image_processor.do_pad = True
+
+
+def larger_before_the_crop(model: Any, processor: Any) -> None:
+    processor.image_processor.size = {"shortest_edge": 35}
+
+
+def class_token_kept(model: Any, processor: Any) -> None:
+    processor.vision_feature_select_strategy = model.config.vision_feature_select_strategy = "full"
+
+
+@pytest.mark.parametrize(
+    ("family", "setting", "spread"),
+    [
+        ("gemma3", pan_and_scan, 3.0),
+        ("idefics3", no_splitting, 3.0),
+        ("smolvlm", no_splitting, 3.0),
+        ("internvl", six_tiles, 3.0),
+        ("internvl", no_tiles, 3.0),
+        ("llava_onevision", shrunk_grid, 14.0),  # the grid itself is interpolated: a cell reads its neighbours
+        ("llava_onevision", wide_canvases, 3.0),
+        ("llava_next", wide_canvases, 3.0),
+        ("llava", padded_first, 3.0),
+        ("llava", larger_before_the_crop, 3.0),
+        ("llava", class_token_kept, 3.0),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_boxes_follow_the_processor_settings(family: str, setting: Any, spread: float) -> None:
+    model, processor = without_mixing(family)
+    setting(model, processor)
+    assert all(check_boxes(model, processor, [noise(size, 1)], 0, spread=spread) for size in SIZES[1:])
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("mllama", "llava")])

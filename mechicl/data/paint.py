@@ -106,7 +106,7 @@ def coverage(
     width = np.array([layer.width or 0.0 for layer in layers]) * np.exp(draw.uniform(-0.3, 0.4, n))
     pixel = 2 / size / zoom
     blurred = draw.random(n) < np.where(pen, 0.4, 0.1)
-    soft = 0.6 * pixel + blurred * draw.uniform(0, 1, n) * np.where(pen, 0.16, 0.07)
+    soft = 0.6 * pixel + blurred * draw.uniform(0, 1, n) * np.where(pen, 0.22, 0.07)
     return ((tensor(width)[:, None, None] - far) / (2 * tensor(soft)[:, None, None]) + 0.5).clamp_(0, 1)
 
 

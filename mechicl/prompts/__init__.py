@@ -1,0 +1,1 @@
+"""Episodes, their tokens, and what every token is for."""

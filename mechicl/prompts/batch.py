@@ -39,7 +39,7 @@ class Batch:
         spans: For each prompt its spans, in order, covering every position once (padding included).
         answers: Index of the right label among the prompt's candidates.
         candidates: For each prompt its candidate labels.
-        candidate_ids: For each prompt and candidate, the token ids that would follow the prompt.
+        candidate_ids: For each prompt and candidate, the token ids that would follow the prompt (with the space that the template puts before an answer).
         patches: For each prompt and picture, token position -> (left, top, right, bottom) in that picture's pixels; empty where unknown.
         episodes: What was rendered; empty for hand-made batches.
         renderer: What rendered it, so that rows can be taken apart and put together again.

@@ -123,6 +123,7 @@ class Renderer:
     ) -> tuple[dict[str, Any], list[list[dict[str, Any]]]]:
         """The processor's output, whole, and where it put the pictures' tokens into each text."""
         some = any(pictures)
+        self._check_company(pictures)
         options: dict[str, Any] = {"padding": True, "padding_side": "left", "return_tensors": "pt", "return_text_replacement_offsets": True}
         if self._adds_nothing(texts[0]):
             options["add_special_tokens"] = False
@@ -138,10 +139,20 @@ class Renderer:
         needed = NEEDED.get(self.model_type)
         if some and needed is not None and needed not in out:
             raise RenderError(f"the processor must return {needed} for {self.model_type}; got {sorted(out)}. Update transformers.")
-        if some and self.model_type == "mllama" and not all(pictures):
-            raise RenderError("episodes of mllama must all have pictures or all have none; got both. Render them apart.")
         listed = offsets if isinstance(offsets, list) and offsets else [[] for _ in texts]
         return out, listed
+
+    def _check_company(self, pictures: Sequence[Sequence[Image.Image]]) -> None:
+        """Two families where a prompt's tokens or logits would depend on its neighbours in the batch."""
+        if self.model_type == "paligemma" and not all(pictures):
+            raise RenderError(
+                "episodes of paligemma must have pictures; got one without. Its processor cannot read words alone: render with pictures."
+            )
+        if self.model_type == "mllama" and len({len(few) for few in pictures}) > 1:
+            raise RenderError(
+                "episodes of mllama must have as many pictures each; got several numbers. Render them apart: tokens before the first picture "
+                "attend to the padding pictures, so neighbours would change the logits."
+            )
 
     def _adds_nothing(self, text: str) -> bool:
         """Whether the text already begins with the first token, as `apply_chat_template` decides it."""
