@@ -1,17 +1,17 @@
-"""`icl_accuracy`: how well the model answers from its examples, beside the control without examples."""
+"""`icl_accuracy`: how well a model answers from the examples, with what it would get without them."""
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
-from mechicl.analysis.answers import Answers, Prepared, Score, prepare, score_answers
-from mechicl.analysis.feed import Data, check_data, labels_of, provenance
+from mechicl.analysis.feed import Data, check_data, ids_of, provenance
+from mechicl.analysis.labels import Answers, Key, LabelScore, answer, check_score, margins, predict
 from mechicl.analysis.statistics import mean_estimate, wilson
-from mechicl.errors import OptionError
+from mechicl.errors import EpisodeError
 from mechicl.prompts.batch import Batch
-from mechicl.results import Estimate, ICLAccuracy
+from mechicl.results import Estimate, ICLAccuracy, Skipped
 
 
 def icl_accuracy(
@@ -19,103 +19,104 @@ def icl_accuracy(
     data: Data,
     *,
     zero_shot: bool = True,
-    score: Score = "label",
+    score: LabelScore = "full",
     seed: int = 0,
     batch_size: int = 8,
     task: str = "",
     progress: bool = True,
 ) -> ICLAccuracy:
-    """Accuracy over the candidate labels, whole and by first token, greedy accuracy over the vocabulary, CLA and margin, with intervals.
+    """Accuracy among the candidates, with first-token, open and context-label accuracy, margin, chance and the zero-shot control.
 
-    An answer is right when the right label scores strictly higher than every other candidate: a tie is wrong. By the first token alone, two candidates
-    that begin alike cannot be told apart and count as a tie; `provenance.options["shared_first_tokens"]` counts such prompts.
+    An episode is right when the right label has the highest log-probability of all its candidates. Ties (within 1e-5 nats) are broken by a seeded coin,
+    and counted in the notes: a model that cannot tell labels apart is at chance, not at zero. Candidates that begin alike tie on their first token.
+    `cla` (context-label accuracy) is the share of episodes whose greedy first token over the whole vocabulary begins a label of the context: it tells
+    a model that copies any label from one that has not understood the task; among the candidates it would be 1 by construction.
 
     Args:
-        model: A `HookedVLM`, or anything with the surface of `HookedModel`; hooks it carries stay in force.
-        data: A Batch or episodes.
-        zero_shot: Also answer the same questions without examples (where the data are episodes or know theirs).
-        score: What `accuracy` and `margin` are measured by: "label" (log-probability of the whole label), "per_token" (divided by its length), or
-            "first_token" (one forward pass a prompt).
-        seed: Of the bootstrap of the margin.
-        batch_size: Prompts per forward pass.
-        task: For the record.
-        progress: Show bars.
+        model: A `HookedVLM`, or anything with the surface of `HookedModel`; hooks that are active stay active.
+        data: A Batch, or episodes, rendered a few at a time.
+        zero_shot: Run the same questions without examples. Needs episodes: a hand-made Batch has none, then the control is None and a note says so.
+        score: What decides between candidates: "full" (the whole label's log-probability, the primary), "mean_token", "first_token".
+        seed: Decides ties and resampling.
+        batch_size: Prompts per forward pass; a prompt counts once per candidate.
+        task: What the data are, for the record.
+        progress: Show a bar.
 
     Returns:
-        ICLAccuracy; episodes that could not be rendered are in `skipped`, by name and reason.
+        ICLAccuracy. Episodes with a candidate that begins another one cannot be scored by whole labels: they are left out and named.
 
     Raises:
-        EpisodeError, ContextLengthError, RenderError, ImageError: nothing can be scored.
-        OptionError: an unknown score.
-        NotFiniteError: NaN logits.
-
-    Source:
-        Huang et al. 2026 for CLA (the greedy answer begins like a label of the context). Differs: whole labels, zero-shot control, intervals.
+        EpisodeError: no data, no shots, one class only, or no episode can be scored.
+        NotFiniteError: logits are NaN.
     """
     check_data(data, batch_size)
     check_score(score)
-    prepared = prepare(model, data, batch_size=batch_size)
-    context = [set(labels) for labels, _ in _contexts(data, prepared)]
-    answers = score_answers(model, prepared, score=score, rows=4 * batch_size, progress=progress)
-    control = None
-    if zero_shot and (bare := without_shots(data)) is not None:
-        bare_prepared = prepare(model, bare, batch_size=batch_size)
-        without = score_answers(model, bare_prepared, score=score, rows=4 * batch_size, progress=progress, what="zero-shot")
-        control = wilson(judge_answers(without, bare_prepared.answers, score)[0])
-    options = {"score": score, "batch_size": batch_size, "shared_first_tokens": int(shared_first_tokens(answers).sum())}
-    return summarise(answers, prepared, context, score, control, seed, provenance(model, task=task, seed=seed, options=options))
+    names = ids_of(data)
+    found, key, reasons = answer(model, data, score=score, batch_size=batch_size, names=names, progress=progress)
+    kept, skipped = usable(names, reasons)
+    control, notes = None, []
+    if zero_shot:
+        control = _zero_shot(model, data, score, seed, batch_size, progress, kept)
+        if control is None:
+            notes.append("No zero-shot control: a Batch without episodes cannot be rendered without its examples.")
+    made = provenance(model, task=task, seed=seed, options={"score": score, "batch_size": batch_size, "zero_shot": zero_shot})
+    return mark(found[0], key, names, kept, skipped, score=score, seed=seed, zero_shot=control, notes=notes, made=made)
 
 
-def check_score(score: str) -> None:
-    """Raises OptionError for an unknown way of scoring."""
-    if score not in get_args(Score):
-        raise OptionError(f'score must be "label", "per_token" or "first_token"; got {score!r}. "label" scores the whole label.')
+def usable(names: list[str], reasons: list[str]) -> tuple[np.ndarray, tuple[Skipped, ...]]:
+    """Rows that can be scored, and the others by name.
+
+    Raises:
+        EpisodeError: none can.
+    """
+    kept = np.array([i for i, reason in enumerate(reasons) if not reason], dtype=int)
+    if not len(kept):
+        raise EpisodeError(f"candidates must be told apart by their tokens; in none of {len(reasons)} episodes they are ({reasons[0]}). Choose other labels, or score='first_token'.")
+    return kept, tuple(Skipped(name, reason) for name, reason in zip(names, reasons, strict=True) if reason)
 
 
-def without_shots(data: Data) -> list[Any] | None:
-    """The zero-shot control of the data; None for prompts that do not know their episodes."""
-    episodes = list(data.episodes) if isinstance(data, Batch) else list(data)
-    return [episode.without_shots() for episode in episodes] or None
-
-
-def _contexts(data: Data, prepared: Prepared) -> list[tuple[tuple[str, ...], str]]:
-    return [pair for batch in prepared.batches for pair in labels_of(batch)]
-
-
-def shared_first_tokens(answers: Answers) -> np.ndarray:
-    """Prompts [batch] in which two candidates begin with the same token."""
-    return np.array([len(set(row[row >= 0])) < (row >= 0).sum() for row in answers.first_ids])
-
-
-def judge_answers(answers: Answers, right: np.ndarray, score: Score) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Right or wrong [batch], margin of the right label over the best other one [batch] in nats, and the chosen candidate [batch]."""
-    values = answers.scores(score)
-    rows = np.arange(len(right))
-    others = values.copy()
-    others[rows, right] = -np.inf
-    margins = values[rows, right] - others.max(1)
-    return margins > 0, margins, values.argmax(1)
-
-
-def summarise(
-    answers: Answers, prepared: Prepared, context: list[set[str]], score: Score, control: Estimate | None, seed: int, made: Any
+def mark(
+    answers: Answers,
+    key: Key,
+    names: list[str],
+    kept: np.ndarray,
+    skipped: tuple[Skipped, ...],
+    *,
+    score: LabelScore,
+    seed: int,
+    zero_shot: Estimate | None,
+    notes: list[str],
+    made: Any,
 ) -> ICLAccuracy:
-    """Scores as an ICLAccuracy."""
-    right, candidates = prepared.answers, prepared.candidates
-    rows = np.arange(prepared.n)
-    correct, margins, predicted = judge_answers(answers, right, score)
-    first_correct, _, _ = judge_answers(answers, right, "first_token")
-    open_correct = answers.greedy == answers.first_ids[rows, right]
-    shown = np.array(
-        [
-            [c in labels for c in row] + [False] * (answers.first_ids.shape[1] - len(row))
-            for row, labels in zip(candidates, context, strict=True)
-        ]
-    )
-    copies = ((answers.first_ids == answers.greedy[:, None]) & shown).any(1)
+    """Mark the answers of the rows `kept`."""
+    right = key.answers[kept]
+    deciding = answers.deciding(score)[kept]
+    predicted, tied = predict(deciding, seed)
+    by_first, first_tied = predict(answers.first[kept], seed)
+    open_correct = np.array([int(answers.greedy[i]) == key.first_tokens[i][key.answers[i]] for i in kept])
+    in_context = np.array([int(answers.greedy[i]) in key.context_tokens[i] for i in kept])
+    alike = sum(len(set(key.first_tokens[i])) < len(key.first_tokens[i]) for i in kept)
+    notes = list(notes)
+    if tied.any():
+        notes.append(f"{int(tied.sum())} of {len(kept)} episodes tie between their best candidates; a coin decided.")
+    if alike:
+        notes.append(f"In {alike} of {len(kept)} episodes candidates begin with the same token: their first-token accuracy is decided by a coin.")
+    gaps = margins(deciding, right)
     return ICLAccuracy(
-        accuracy=wilson(correct), first_token_accuracy=wilson(first_correct), open_accuracy=wilson(open_correct), cla=wilson(copies),
-        margin=mean_estimate(margins, unit="nats", seed=seed), chance=float(np.mean([1 / len(c) for c in candidates])), zero_shot=control,
-        correct=correct, first_token_correct=first_correct, open_correct=open_correct, margins=margins, predicted=predicted, answers=right,
-        candidates=candidates, episode_ids=prepared.ids, n=prepared.n, skipped=prepared.skipped, provenance=made,
+        accuracy=wilson(predicted == right), first_token_accuracy=wilson(by_first == right), open_accuracy=wilson(open_correct),
+        cla=wilson(in_context), margin=mean_estimate(gaps, unit="nats", seed=seed),
+        chance=float(np.mean([1 / len(key.candidates[i]) for i in kept])), zero_shot=zero_shot, correct=predicted == right,
+        first_token_correct=by_first == right, open_correct=open_correct, margins=gaps, predicted=predicted, answers=right,
+        candidates=tuple(key.candidates[i] for i in kept), episode_ids=tuple(names[i] for i in kept), n=len(kept), skipped=skipped,
+        provenance=made, notes=tuple(notes), score=score,
     )  # fmt: skip
+
+
+def _zero_shot(model: Any, data: Data, score: LabelScore, seed: int, batch_size: int, progress: bool, kept: np.ndarray) -> Estimate | None:
+    episodes = data.episodes if isinstance(data, Batch) else data
+    if not episodes:
+        return None
+    bare = [episodes[i].without_shots() for i in kept]
+    found, key, _ = answer(model, bare, score=score, batch_size=batch_size, what="zero-shot control", progress=progress)
+    predicted, _ = predict(found[0].deciding(score), seed)
+    return wilson(predicted == key.answers)
