@@ -205,14 +205,15 @@ def ablate(
         _check_score(by)
     few = _draw(task, episodes * (2 if top else 1), classes, shots, size, seed)
     loaded = _load(model, device, dtype, revision, trust_remote_code, quiet)
-    from mechicl.analysis import study
+    from mechicl.analysis.ablation import ablate as switch_off
+    from mechicl.analysis.heads import score_heads
     from mechicl.views.story import ablation_frame, percent, points
 
     common: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "task": _task_name(task, classes, shots), "progress": not quiet}
     if top is not None:
-        scores = study.score_heads(loaded, few[::2], scores=(by,), **common)
+        scores = score_heads(loaded, few[::2], scores=(by,), **common)
         wanted, few = tuple(scores.top(by, top)), few[1::2]
-    result = study.ablate(loaded, few, wanted, how=how, **common)
+    result = switch_off(loaded, few, wanted, how=how, **common)
     typer.echo(f"intact               {percent(result.intact.accuracy)}, chance {100 * result.intact.chance:.0f} %, n = {result.n}")
     typer.echo(
         f"off: {' '.join(f'{a}.{b}' for a, b in wanted):<15} {percent(result.chosen.accuracy)}, {points(result.chosen.change)}, McNemar p = {result.chosen.mcnemar_p:.2g}"
@@ -223,7 +224,7 @@ def ablate(
         typer.echo(
             f"random heads         {percent(result.random_mean)} over {len(result.random)} draws, as low as the set with p = {result.p_random:.2g}"
         )
-    typer.echo(study.judge(result)[1])
+    typer.echo(result.verdict)
     if target is not None:
         _write_text(target, ablation_frame(result).to_csv(index=False, lineterminator="\n"))
         typer.echo(f"Written to {target}.", err=True)

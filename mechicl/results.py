@@ -124,6 +124,7 @@ class ICLAccuracy:
     Per-episode arrays are [batch]. `correct`: the right label has the highest full-label log-probability among the candidates;
     `first_token_correct`: the same with the first token only; `open_correct`: the greedy first token over the whole vocabulary is the right label's first token.
     `margin`: log-probability of the right label minus the best wrong one, nats. `predicted`: index of the chosen candidate.
+    `score`: what decided between candidates (see `mechicl.analysis.labels.LabelScore`).
     """
 
     accuracy: Estimate
@@ -144,6 +145,8 @@ class ICLAccuracy:
     n: int
     skipped: tuple[Skipped, ...]
     provenance: Provenance
+    notes: tuple[str, ...] = ()
+    score: str = "full"
 
     def to_frame(self) -> pd.DataFrame:
         """One row per episode."""
@@ -178,7 +181,8 @@ class Ablation:
     """Heads switched off, beside the intact model and matched random heads.
 
     `random`: one cell per draw of random heads (as many heads; same layers where these have heads left, else the nearest layers: then `match_note`
-    says so). `p_random`: share of draws (with the +1 correction) whose accuracy falls at least as far as that of the chosen heads.
+    says so; fewer draws than asked where there are no more, none where no heads are left). `p_random`: share of draws (with the +1 correction) whose accuracy falls at least as far as that of the chosen heads; NaN without draws.
+    `verdict`: a sentence; `finding`: the same in a word, one of `mechicl.analysis.verdict.FINDINGS`.
     """
 
     how: str
@@ -193,6 +197,7 @@ class Ablation:
     verdict: str
     n: int
     provenance: Provenance
+    finding: str = ""
 
     def to_frame(self) -> pd.DataFrame:
         """One row per set of heads."""
@@ -338,7 +343,8 @@ class Study:
     """The whole story of one model on one task: does it learn from the examples, which heads do it, and what happens without them.
 
     Heads are ranked on `n_find` episodes (`scores`) and everything else is measured on `n_prove` other episodes, `replication` being the same scores
-    there. `controls`: accuracies of the intact model under a control, by name. `growth`: the same heads along training, where it was logged.
+    there. `controls`: accuracies of the intact model under a control, by name. `growth`: the same heads along training, where it was logged. `effects`: what each head is
+    worth when it is switched off alone, in nats of margin, on the episodes that serve to find heads.
     """
 
     scores: HeadScores
@@ -353,3 +359,4 @@ class Study:
     n_prove: int
     provenance: Provenance
     notes: tuple[str, ...] = ()
+    effects: Score | None = None

@@ -223,5 +223,6 @@ def study(*, holds: bool = True) -> Study:
         ),
     )
     return Study(
-        scores, head_scores(), accuracy(), {"labels permuted": estimate(0.23)}, sets, roles(), (prompt(), prompt(answer="kilu", per_image=16)), series(), 64, 64, PROVENANCE
+        scores, head_scores(), accuracy(), {"labels permuted": estimate(0.23)}, sets, roles(), (prompt(), prompt(answer="kilu", per_image=16)), series(), 64, 64, PROVENANCE,
+        effects=replace(score("margin_lost", ((0, 1), (0, 2)), seed=7, high=2.5), unit="nats", null_name="no loss, paired over prompts"),
     )  # fmt: skip

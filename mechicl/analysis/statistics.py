@@ -216,6 +216,27 @@ def difference_p(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.
     return _student(means[0] - means[1], spread, dof, good, stats)
 
 
+def gain_p(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Is the mean over episodes above zero? Student's one-sample test of paired differences, one-sided, the episodes as units.
+
+    Args:
+        values: Differences [batch, ...], NaN where an episode does not count.
+
+    Returns:
+        p [...] and the mean that 97.5 % of samples without a gain would stay below [...]; NaN with fewer than two episodes.
+    """
+    from scipy import stats
+
+    n = (~np.isnan(values)).sum(0)
+    good = n >= 2
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.nansum(values, 0) / n
+        error = np.sqrt(np.nansum((values - mean) ** 2, 0) / (n - 1) / n)
+        p = stats.t.sf(mean / np.maximum(error, 1e-12), np.maximum(n - 1, 1))
+        bound = stats.t.ppf(0.975, np.maximum(n - 1, 1)) * error
+    return np.where(good, p, np.nan), np.where(good, bound, np.nan)
+
+
 def _student(difference: np.ndarray, spread: np.ndarray, dof: np.ndarray, good: np.ndarray, stats: Any) -> tuple[np.ndarray, np.ndarray]:
     freedom = np.maximum(dof, 1)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):

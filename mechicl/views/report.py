@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,7 @@ def render_report(content: ReportContent) -> str:
             title=title, command=content.command, study=study, headline=story.headline(study), summary=story.summary(study), tiles=story.top_line(study),
             learns=story.learns(study.accuracy), accuracy=_accuracy(study), overview=_overview(study), scores=_scores(study), roles=_roles(study),
             strips=[(overlay.strip(view, [h for h in chosen if h in view.rows]), f"strip-{k}") for k, view in enumerate(prompts)],
-            overlays=_overlays(study, prompts, chosen), overlay_words=story.about_overlay(), patterns=[v for v in views if v], sets=_sets(study), growth=_growth(study),
+            overlays=_overlays(study, prompts, chosen), overlay_words=story.about_overlay(), patterns=[v for v in views if v], sets=_sets(study), effects=_effects(study), growth=_growth(study),
             provenance=_provenance(study), definitions=story.DEFINITIONS, kinds=theme.ROLE_COLOURS, name=name,
             style=Markup(_static("style.css")), script=Markup(_static("script.js")), plotly=Markup(plots.javascript()),
             circuitsvis=Markup(attention.library()) if any(views) else "",
@@ -203,6 +203,20 @@ def _sets(study: Study) -> list[dict[str, Any]]:
             blocks.append(_block(f"dose-{k}", "", plots.plot(found.dose), story.about_dose(found.dose), found.dose.to_frame()))
         out.append({"set": found, "sentence": story.set_sentence(found), "blocks": blocks, "heads": story.heads_in_words(found.heads)})
     return out
+
+
+def _effects(study: Study) -> Block | None:
+    if study.effects is None:
+        return None
+    figure = plots.plot(study.effects, n_key_value_heads=study.scores.n_key_value_heads)
+    frame = replace(study.scores, scores={study.effects.name: study.effects}).to_frame()
+    return _block(
+        "effects",
+        "",
+        figure,
+        story.about_effects(study.effects, study.n_find),
+        frame.sort_values(by="value", ascending=False, kind="stable"),
+    )
 
 
 def _growth(study: Study) -> Block | None:

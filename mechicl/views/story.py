@@ -239,6 +239,16 @@ def about_ablation(found: HeadSet) -> Words:
     )
 
 
+def about_effects(score: Score, n_find: int) -> Words:
+    passed = significant(score)
+    return Words(
+        f"What each head is worth by itself: the {score.description}. It asks nothing about attention, so it also finds heads that no score was made for.",
+        "A head with a redundant twin loses nothing here, and a head that everything runs through loses much without doing the learning: hence the sets below, and the random heads.",
+        f"{len(passed)} of {score.value.size} heads lose margin ({heads_in_words(passed) or 'none'}); n = {n_find} prompts, those that serve to find heads; "
+        f"null: {score.null_name}; p corrected (Holm), limit {ALPHA}.",
+    )
+
+
 def about_dose(curve: DoseCurve) -> Words:
     return Words(
         f"Accuracy as heads go off one after another in the order of their {curve.ranked_by.replace('_', ' ')} score, beside growing sets of matched random heads.",
