@@ -92,10 +92,10 @@ def take(data: Data, rows: Sequence[int]) -> Data:
     return data.select(rows) if isinstance(data, Batch) else [data[i] for i in rows]
 
 
-def batches(model: Any, data: Data, size: int) -> Iterator[Batch]:
-    """Batches of at most `size` prompts, in order, as even as can be; episodes are rendered when their turn comes."""
+def batches(model: Any, data: Data, size: int, *, least: int = 1) -> Iterator[Batch]:
+    """Batches of at most `size` prompts (but at least `least`), in order, as even as can be; episodes are rendered when their turn comes."""
     n = len(data)
-    n_parts = -(-n // size)
+    n_parts = max(1, min(-(-n // size), n // least))
     for part in range(n_parts):
         rows = range(part * n // n_parts, (part + 1) * n // n_parts)
         if isinstance(data, Batch):
@@ -104,8 +104,8 @@ def batches(model: Any, data: Data, size: int) -> Iterator[Batch]:
             yield model.render([data[i] for i in rows])
 
 
-def progress_bar(items: Iterable[Any], *, total: int, what: str, show: bool) -> Any:
-    """The items, with a progress bar on the terminal (or in the notebook) while `show`."""
+def progress_bar(items: Iterable[Any] | None, *, total: int, what: str, show: bool) -> Any:
+    """The items, with a progress bar on the terminal (or in the notebook) while `show`; a bar to be updated by hand without items."""
     return tqdm(items, total=total, desc=what, disable=not show, leave=False)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mechicl.analysis.feed import Data, check_data, comparable, ids_of, provenance, take
-from mechicl.analysis.layout import PLACES, image_group, place_group, text_group
+from mechicl.analysis.layout import PLACES, closing_group, image_group, place_group, text_group
 from mechicl.analysis.reading import Reading, Wanted, read
 from mechicl.analysis.scores import SCORES, Scorer
 from mechicl.analysis.statistics import benjamini_hochberg, bootstrap_interval, holm
@@ -130,7 +130,7 @@ def attention_by_role(
 ) -> RoleAttention:
     """Where each head looks from the query's last token: mean mass on each kind of span, with 95 % bootstrap intervals over episodes.
 
-    Spans: right and wrong exemplars' labels, pictures and texts; the query's picture and text; questions, instruction, glue; and "sink", the first
+    Spans: right and wrong exemplars' labels, the tokens that close their turns, pictures and texts; the query's picture and text; questions, instruction, glue; and "sink", the first
     token, taken out of its own kind. Kinds that no prompt has are left out. Masses of one head sum to one (less what a sink without a token takes).
 
     Raises:
@@ -157,6 +157,7 @@ def _masses_by_role(reading: Reading) -> dict[str, np.ndarray]:
         "label": slice(0, s),
         "image": slice(image_group(0, s), image_group(0, s) + s),
         "text": slice(text_group(0, s), text_group(0, s) + s),
+        "close": slice(closing_group(0, s), closing_group(0, s) + s),
     }
     masses: dict[str, np.ndarray] = {}
     for part, columns in parts.items():
@@ -183,6 +184,7 @@ def _role_of(group: int, right: Sequence[bool]) -> str:
     s = len(right)
     if group >= place_group(PLACES[0], s):
         return PLACES[group - place_group(PLACES[0], s)]
-    part, start = next((p, g) for p, g in (("text", text_group(0, s)), ("image", image_group(0, s)), ("label", 0)) if group >= g)
+    starts = (("close", closing_group(0, s)), ("text", text_group(0, s)), ("image", image_group(0, s)), ("label", 0))
+    part, start = next((p, g) for p, g in starts if group >= g)
     shot = group - start
     return f"query {part}" if shot == s else f"{'right' if right[shot] else 'wrong'} {part}"

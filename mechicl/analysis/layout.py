@@ -1,4 +1,8 @@
-"""Where everything is in a batch, as tensors: which token belongs to which exemplar's label, which to which item, which rows are text."""
+"""Where everything is in a batch, as tensors: which token belongs to which exemplar's label, which to which item, which rows are text.
+
+An exemplar's *closing* tokens are the template's tokens after its label, up to the next exemplar (end of turn, line break, the next turn's head). They can know of this
+exemplar and those before it, and of nothing later; chat models gather a label and its item there, so that is often where an in-context learner looks.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,8 @@ PLACES = ("question", "query question", "instruction", "glue")
 class Layout:
     """Positions of one batch, sorted into groups. S is the number of exemplars, the same for all batches of a run.
 
-    Groups, by number: 0..S-1 the exemplars' labels; then S+1 of picture tokens and S+1 of text-item tokens (the last is the query's); then `PLACES`.
+    Groups, by number: 0..S-1 the exemplars' labels; then S+1 of picture tokens and S+1 of text-item tokens (the last is the query's); then S of
+    the exemplars' closing tokens; then `PLACES`.
     `group` is -1 for padding and answers. Rows without an exemplar k have `known` False there.
     """
 
@@ -47,7 +52,7 @@ class Layout:
     @property
     def n_groups(self) -> int:
         """Number of groups."""
-        return 3 * self.n_shots + 2 + len(PLACES)
+        return 4 * self.n_shots + 2 + len(PLACES)
 
     def to(self, device: torch.device) -> Layout:
         """The same on another device."""
@@ -69,9 +74,14 @@ def text_group(shot: int, n_shots: int) -> int:
     return 2 * n_shots + 1 + (n_shots if shot == QUERY else shot)
 
 
+def closing_group(shot: int, n_shots: int) -> int:
+    """Group of exemplar `shot`'s closing tokens."""
+    return 3 * n_shots + 2 + shot
+
+
 def place_group(name: str, n_shots: int) -> int:
     """Group of one of `PLACES`."""
-    return 3 * n_shots + 2 + PLACES.index(name)
+    return 4 * n_shots + 2 + PLACES.index(name)
 
 
 def count_shots(batch: Batch) -> int:
@@ -93,8 +103,14 @@ def layout(batch: Batch, n_shots: int) -> Layout:
     identity, last = torch.full((n, n_shots + 1), -1), torch.full((n, n_shots + 1), -1)
     for i, row in enumerate(batch.spans):
         answer, names = batch.candidates[i][batch.answers[i]], {}
+        open_shot: int | None = None
         for span in row:
-            group[i, span.start : span.stop] = _group(span, n_shots)
+            if span.role == "label" and span.shot >= 0:
+                open_shot = span.shot
+            elif span.role != "glue":
+                open_shot = None
+            closing = span.role == "glue" and open_shot is not None
+            group[i, span.start : span.stop] = closing_group(open_shot or 0, n_shots) if closing else _group(span, n_shots)
             text[i, span.start : span.stop] = span.role not in ("pad", "answer", "image")
             if span.role == "label" and span.shot >= 0:
                 known[i, span.shot], right[i, span.shot] = True, span.label == answer

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mechicl.analysis.feed import Data, batches, progress_bar
-from mechicl.analysis.layout import Layout, count_shots, image_group, layout, text_group
+from mechicl.analysis.layout import Layout, closing_group, count_shots, image_group, layout, text_group
 from mechicl.analysis.measures import back, elsewhere, group_mass, sink
 from mechicl.errors import NotFiniteError, UnsupportedModelError
 from mechicl.prompts.batch import Batch
@@ -38,11 +38,11 @@ class Reading:
     """Attention of many episodes, summed over groups of tokens. Arrays are [batch, layer, head, ...], NaN where a layer has no pattern.
 
     query: [..., group], of the query's last token, by the groups of `Layout`. total, to_first: its row's sum and its first token's part.
-    label_image, label_text: [..., shot], from each exemplar's label (mean over its tokens) to its own item's picture and text tokens.
+    label_image, label_text: [..., shot], to each exemplar's own item's picture and text tokens: the most that any token of its label or closing gives.
     items: [..., dest_item, item], from each item's last token to each item. previous, k_back, everything: [..., 2], means over rows of the attention to
     the place in question (see `measures.back`) and, per token, to all others; sink: the same for the first token, over text rows.
     offsets: [..., n], rows that have n tokens before them, to the token 1, 2, ..., n back; starts: [..., n], the
-    same rows to the first n tokens. label_density: [layer, head, shot, shot], mean over episodes of the attention per token from label to item.
+    same rows to the first n tokens. label_density: [layer, head, shot, shot], mean over episodes of the same most attention from label k to item j, per token.
     """
 
     layout: Layout
@@ -97,25 +97,31 @@ def read(model: Any, data: Data, wanted: Wanted, *, batch_size: int, progress: b
 
 
 def _dest_weights(where: Layout, wanted: Wanted) -> Tensor:
-    """[batch, pos, 2 S + 2]: how much each row counts for the query, for each label (mean over its tokens), for each item (its last token)."""
+    """[batch, pos, S + 2]: how much each row counts for the query, and for each item (its last token)."""
     n, n_pos, s = *where.group.shape, where.n_shots
-    weights = torch.zeros(n, n_pos, 2 * s + 2)
+    weights = torch.zeros(n, n_pos, s + 2)
     rows = torch.arange(n)
     weights[rows, where.query, 0] = 1.0
     if wanted.between:
-        for k in range(s):
-            weights[..., 1 + k] = (where.group == k) / where.label_tokens[:, k, None].clamp_min(1)
         for k in range(s + 1):
             has = where.item_last[:, k] >= 0
-            weights[rows[has], where.item_last[has, k], 1 + s + k] = 1.0
+            weights[rows[has], where.item_last[has, k], 1 + k] = 1.0
     return weights
 
 
+def _turns(where: Layout, wanted: Wanted) -> Tensor:
+    """[batch, pos, S]: which rows are an exemplar's label or closing."""
+    s = where.n_shots
+    found = [(where.group == k) | (where.group == closing_group(k, s)) for k in range(s)]
+    turns = torch.stack(found, -1) if found else torch.zeros(*where.group.shape, 0, dtype=torch.bool)
+    return turns & wanted.between
+
+
 def _read_batch(model: Any, batch: Batch, where: Layout, wanted: Wanted, n_offsets: int, names: list[str]) -> dict[str, np.ndarray]:
-    weights = _dest_weights(where, wanted)
-    rows_wanted = weights.any(-1) | (where.text & wanted.text) | (where.real & wanted.everything)
+    weights, turns = _dest_weights(where, wanted), _turns(where, wanted)
+    rows_wanted = weights.any(-1) | turns.any(-1) | (where.text & wanted.text) | (where.real & wanted.everything)
     dest = rows_wanted.any(0).nonzero()[:, 0]
-    reducer = _Reducer(where, weights, wanted, n_offsets)
+    reducer = _Reducer(where, weights, turns, wanted, n_offsets)
     found = model.attention_rows(batch, dest, reduce=reducer)
     if all(entry is None for entry in found):
         raise UnsupportedModelError(
@@ -137,18 +143,19 @@ def _read_batch(model: Any, batch: Batch, where: Layout, wanted: Wanted, n_offse
 
 def _split(out: dict[str, np.ndarray], where: Layout) -> dict[str, np.ndarray]:
     """Masses by destination and group -> the arrays of `Reading`."""
-    s, mass = where.n_shots, out.pop("mass")
+    s, mass, peak = where.n_shots, out.pop("mass"), out.pop("peak")
     image = slice(image_group(0, s), image_group(0, s) + s + 1)
     text = slice(text_group(0, s), text_group(0, s) + s + 1)
     items = mass[..., image] + mass[..., text]
     out["query"] = mass[..., 0, :]
-    labels_image, labels_text = mass[..., 1 : 1 + s, image], mass[..., 1 : 1 + s, text]
+    labels_image, labels_text = peak[..., image], peak[..., text]
     diagonal = np.arange(s)
     out["label_image"], out["label_text"] = labels_image[..., diagonal, diagonal], labels_text[..., diagonal, diagonal]
-    out["items"] = items[..., 1 + s :, :]
+    out["items"] = items[..., 1:, :]
     tokens = (where.image_tokens + where.text_tokens)[:, :s].numpy()
     visible = where.known.numpy()[:, :, None] & (tokens > 0)[:, None, :] & np.tril(np.ones((s, s), dtype=bool))
-    density = np.where(visible[:, None, None], items[..., 1 : 1 + s, :s] / np.maximum(tokens, 1)[:, None, None, None, :], 0.0)
+    turns = (labels_image + labels_text)[..., :s]
+    density = np.where(visible[:, None, None], turns / np.maximum(tokens, 1)[:, None, None, None, :], 0.0)
     out["label_density"] = np.stack([density.sum(0), np.broadcast_to(visible.sum(0), density.shape[1:])])
     return out
 
@@ -171,8 +178,8 @@ def _check_finite(layers: Sequence[dict[str, Tensor] | None], names: Sequence[st
 class _Reducer:
     """Called with chunks of rows; keeps weighted sums of them."""
 
-    def __init__(self, where: Layout, weights: Tensor, wanted: Wanted, n_offsets: int) -> None:
-        self.where, self.weights, self.wanted, self.n = where, weights, wanted, n_offsets
+    def __init__(self, where: Layout, weights: Tensor, turns: Tensor, wanted: Wanted, n_offsets: int) -> None:
+        self.where, self.weights, self.turns, self.wanted, self.n = where, weights, turns, wanted, n_offsets
         place, text = where.place, where.text & where.real
         self.reads = {"previous": text & (place >= 1), "k_back": text & (place >= wanted.k_back), "deep": text & (place >= n_offsets)}
         self.reads["everything"] = where.real & (place >= 1)
@@ -180,16 +187,18 @@ class _Reducer:
     def _move(self, device: torch.device) -> None:
         """To where the rows are: the model's device, or that of the layer."""
         if self.weights.device != device:
-            self.where, self.weights = self.where.to(device), self.weights.to(device)
+            self.where, self.weights, self.turns = self.where.to(device), self.weights.to(device), self.turns.to(device)
             self.reads = {name: mask.to(device) for name, mask in self.reads.items()}
 
     def __call__(self, layer: int, dest: Tensor, rows: Tensor) -> dict[str, Tensor]:
         self._move(rows.device)
         dest = dest.to(rows.device)
         weights = self.weights[:, dest]
-        some = weights.any(-1).any(0).nonzero()[:, 0]
+        turns = self.turns[:, dest]
+        some = (weights.any(-1) | turns.any(-1)).any(0).nonzero()[:, 0]
         mass = group_mass(rows[:, :, some], self.where.group, self.where.n_groups)
         out = {"mass": torch.einsum("bhng,bnd->bhdg", mass, weights[:, some].to(rows.dtype))}
+        out["peak"] = _peaks(mass, turns[:, some])
         query = weights[:, some, 0].to(rows.dtype)
         out["total"] = torch.einsum("bhns,bn->bh", rows[:, :, some], query)
         first = self.where.first[:, None, None, None].expand(*rows[:, :, some].shape[:3], 1)
@@ -223,7 +232,8 @@ class _Reducer:
 
     def join(self, chunks: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Sums over chunks -> masses and means."""
-        out = {name: torch.stack([chunk[name] for chunk in chunks]).sum(0) for name in chunks[0]}
+        stacked = {name: torch.stack([chunk[name] for chunk in chunks]) for name in chunks[0]}
+        out = {name: values.amax(0) if name == "peak" else values.sum(0) for name, values in stacked.items()}
         self._move(out["total"].device)
         for name, reads in (("previous", "previous"), ("k_back", "k_back"), ("sink", "previous"), ("everything", "everything")):
             if name in out:
@@ -236,6 +246,13 @@ class _Reducer:
         for name, size in sizes.items():
             out.setdefault(name, torch.full((*shape, size), torch.nan))
         return out
+
+
+def _peaks(mass: Tensor, turns: Tensor) -> Tensor:
+    """[batch, head, row, group] and [batch, row, shot] -> [batch, head, shot, group]: the most that a row of the shot's turn gives each group."""
+    if not mass.shape[2] or not turns.shape[2]:  # a chunk without such rows
+        return mass.new_zeros(*mass.shape[:2], turns.shape[2], mass.shape[3])
+    return torch.stack([mass.masked_fill(~turns[:, None, :, k, None], 0.0).amax(2) for k in range(turns.shape[2])], 2)
 
 
 def _sum(mean: Tensor, counted: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechicl.analysis.layout import image_group, text_group
+from mechicl.analysis.layout import closing_group, image_group, text_group
 from mechicl.analysis.measures import (
     duplicate_weights,
     induction_paper_weights,
@@ -24,13 +24,14 @@ from mechicl.analysis.statistics import difference_p
 SCORES: dict[str, str] = {
     "previous_token": "attention of each text token to the token before it",
     "k_back": "attention of each text token to the token k before it",
-    "induction": "attention from the query to the right labels, minus what as many wrong labels get",
+    "induction": "attention from the query to the right labels and the tokens that close their turns, minus what as many wrong ones get",
+    "induction_label": "attention from the query to the right labels' own tokens, minus what as many wrong labels get",
     "induction_per_exemplar": "mean attention from the query to a right label, minus the mean to a wrong label",
     "induction_paper": "mean attention from the query to every token of the right labels, minus the mean to all other positions",
     "tila": "mean attention from the query to a right exemplar's label",
     "tiia": "mean attention from the query to a right exemplar's item",
     "tla": "attention from the query to all exemplar labels together",
-    "ila": "attention from each label to its own item",
+    "ila": "attention to an exemplar's own item, the most that a token of its label or of its turn's close gives",
     "duplicate": "attention from each item to its earlier showings",
     "sink": "attention of text tokens to the first token",
     "previous_token_all": "attention of each token, pictures' included, to the token before it",
@@ -40,13 +41,14 @@ SCORES: dict[str, str] = {
 SOURCES = {
     "previous_token": "Olsson et al. 2022; Huang et al. 2026 (PH). Differs: text tokens only",
     "k_back": "Huang et al. 2026 (PH with k = 2). Differs: text tokens only",
-    "induction": "Huang et al. 2026 (IH of the toy), times the number of right exemplars",
+    "induction": "Huang et al. 2026 (IH of the toy), times the number of right exemplars. Differs: with the tokens that close the label's turn",
+    "induction_label": "Huang et al. 2026 (IH of the toy), times the number of right exemplars",
     "induction_per_exemplar": "Huang et al. 2026 (IH of the toy)",
     "induction_paper": "Huang et al. 2026 (IH on production models)",
     "tila": "Huang et al. 2026; Reddy 2024",
     "tiia": "Huang et al. 2026; Reddy 2024",
     "tla": "Huang et al. 2026. Differs: every label of the context",
-    "ila": "Reddy 2024. Differs: without the first exemplar",
+    "ila": "Reddy 2024. Differs: without the first exemplar; the best row of label and close, where chat models gather",
     "duplicate": "Wang et al. 2022. Differs: items instead of tokens",
     "sink": "Xiao et al. 2023",
     "previous_token_all": "Huang et al. 2026 (PH on production models)",
@@ -145,7 +147,9 @@ class Scorer:
         both = (right.any(1) & (known & ~right).any(1)).numpy()
         rows = subset.rows[both[subset.rows]]
         labels, layers_heads = self.reading.query[..., :s], self.shape[1:]
-        mass = labels if name != "tiia" else self._items(subset.suffix)
+        mass = self._items(subset.suffix) if name == "tiia" else labels
+        if name == "induction":
+            mass = labels + self.reading.query[..., closing_group(0, s) : closing_group(0, s) + s]
         cells = np.concatenate([mass, self.reading.total[..., None]], -1) if name == "induction_paper" else mass
         per_episode = np.full(self.shape, np.nan)
         what = f" ({subset.suffix.strip('[]')})" if subset.suffix else ""
@@ -155,7 +159,7 @@ class Scorer:
 
         def weigh(drawn: Tensor) -> Tensor:
             wrong = known & ~drawn
-            if name == "induction":
+            if name in ("induction", "induction_label"):
                 return induction_weights(drawn, wrong)
             if name == "induction_per_exemplar":
                 return induction_per_exemplar_weights(drawn, wrong)
