@@ -1,26 +1,26 @@
-"""`ablate` and `dose_curve`: are the heads needed, or does switching off any heads do as much harm?"""
+"""`ablate` and `dose_curve`: heads switched off, beside the intact model, each head alone, and matched random heads."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from mechicl.analysis.answers import Prepared, Score, prepare, score_answers
-from mechicl.analysis.feed import Data, check_data, progress_bar, provenance
-from mechicl.analysis.icl import check_score, icl_accuracy, judge_answers
-from mechicl.analysis.statistics import mcnemar_p, mean_estimate, paired_change, wilson
-from mechicl.analysis.switches import How, matched_random, mean_outputs, switched_off, z_name
+from mechicl.analysis.feed import Data, check_data, ids_of, provenance
+from mechicl.analysis.icl import mark, usable, zero_shot_control
+from mechicl.analysis.labels import LabelScore, answer, check_score
+from mechicl.analysis.matched import matched_draws
+from mechicl.analysis.statistics import mcnemar_p, mean_estimate, paired_change, permutation_p
+from mechicl.analysis.switches import How, Switches, switchable
+from mechicl.analysis.verdict import judge
+from mechicl.analysis.verdict import name as head_name
 from mechicl.errors import HeadIndexError, OptionError
 from mechicl.models.hooked import check_heads
-from mechicl.results import Ablation, AblationCell, DoseCurve, Estimate, Head, HeadScores, ICLAccuracy
+from mechicl.results import Ablation, AblationCell, DoseCurve, Head, HeadScores, ICLAccuracy
 
-__all__ = ["ALPHA", "How", "ablate", "dose_curve", "judge", "needed"]
-
-ALPHA = 0.05
+TOLERANCE = 1e-9
+"""Accuracies closer than this are equal."""
 
 
 def ablate(
@@ -31,227 +31,269 @@ def ablate(
     *,
     singles: bool = True,
     n_random: int = 20,
+    spare: Sequence[Head] = (),
     intact: ICLAccuracy | None = None,
-    score: Score = "label",
+    zero_shot: bool = True,
+    reference: Data | None = None,
+    score: LabelScore = "full",
     seed: int = 0,
     batch_size: int = 8,
     task: str = "",
     progress: bool = True,
 ) -> Ablation:
-    """Switch heads off together and one by one, beside matched random heads, on the same episodes.
+    """Switch heads off, all together and one by one, and see what is lost; then the same with random heads.
+
+    All runs answer the same episodes, so changes are paired. A random draw has as many heads, none of them chosen, from the same layers where these
+    have heads left, else from the nearest (`match_note` says so).
 
     Args:
         model: A `HookedVLM`, or anything with the surface of `HookedModel`.
-        data: A Batch or episodes; others than those the heads were found on.
-        heads: (layer, head) pairs, both from 0.
-        how: "zero", "mean" or "resample"; see `mechicl.analysis.switches.How`. At all positions.
-        singles: Also each head alone.
-        n_random: Draws of as many random heads; at least 19 for p_random to be able to reach 0.05.
-        intact: The accuracy of the intact model on these episodes, if you have it.
-        score: How answers are scored; see `icl_accuracy`.
-        seed: Of random heads and intervals.
-        batch_size: Prompts per forward pass.
-        task: For the record.
+        data: A Batch, or episodes.
+        heads: (layer, head) pairs, counted from 0.
+        how: "zero", "mean" or "resample"; see `mechicl.analysis.switches.How`. Zero is the paper's; it takes away more than the head's message,
+            because later layers never saw a zero, so compare with "mean".
+        singles: Also each head alone: what tells redundancy from irrelevance.
+        n_random: Draws of random heads; 19 or more for p = 0.05 (where so many exist).
+        spare: Heads that random draws leave out too: other parts of the circuit, already known to matter.
+        intact: The intact model's result on the same data, to save its run.
+        reference: Where "mean" takes its means from; default the data themselves. Then each episode's own answer is a small part of the mean that takes
+            the head's place: give other episodes where a trace of it could decide (a model whose logits would tie exactly).
+        zero_shot: Run the zero-shot control, unless `intact` has it.
+        score: What decides between candidates; see `icl_accuracy`.
+        seed: Decides draws, ties, partners and resampling.
+        batch_size: Prompts per forward pass; several sets of heads share one where they fit.
+        task: What the data are, for the record.
         progress: Show a bar.
 
     Returns:
-        Ablation, with a verdict that tells redundant heads from irrelevant ones.
+        Ablation, with a verdict in words.
 
     Raises:
-        HeadIndexError: a head that the model does not have, or none given.
-        OptionError: an unknown `how` or `score`, or `intact` of other episodes.
+        HeadIndexError: no heads, one twice, or one that the model does not have.
+        OptionError: an option out of its range, or an `intact` of other episodes.
+        EpisodeError: no data, no shots, one class only.
+
+    Source:
+        Huang et al. 2026 (knock-out by zeroing the head's slice of o_proj's input). Differs: full labels, random heads, singles, intervals.
     """
-    check_data(data, batch_size)
-    check_score(score)
-    wanted = _check(model, heads, how, n_random)
-    prepared = prepare(model, data, batch_size=batch_size)
-    if intact is None:
-        intact = icl_accuracy(model, data, score=score, seed=seed, batch_size=batch_size, task=task, progress=progress)
-    trial = Trial(model, prepared, intact, how, score, seed, 4 * batch_size)
-    sets, note = matched_random(model.cfg.n_layers, model.cfg.n_heads, wanted, n_random, seed=seed, closed=trial.closed)
-    alone = [(head,) for head in wanted] if singles and len(wanted) > 1 else []
-    cells = [
-        trial.cell(chosen)
-        for chosen in progress_bar([tuple(wanted), *alone, *sets], total=1 + len(alone) + len(sets), what="ablation", show=progress)
-    ]
-    chosen, one_by_one, random = cells[0], tuple(cells[1 : 1 + len(alone)]), tuple(cells[1 + len(alone) :])
-    p_random = _p_random(chosen, random)
+    chosen = _checked(model, data, heads, how, score, n_random, batch_size)
+    drawn = matched_draws(chosen, _sizes(model), n_random, seed=seed, spare=check_heads(model, spare))
+    alone = [(head,) for head in chosen] if singles and len(chosen) > 1 else []
+    sets = [tuple(chosen), *alone, *drawn.sets]
+    options = {
+        "heads": [list(h) for h in chosen],
+        "how": how,
+        "singles": singles,
+        "n_random": n_random,
+        "score": score,
+        "batch_size": batch_size,
+    }
+    runs = _Runs(
+        model, data, how, score=score, seed=seed, batch_size=batch_size, progress=progress, task=task, options=options, reference=reference
+    )
+    intact, cells = runs.run(sets, intact, zero_shot)
+    first, rest = cells[0], cells[1:]
+    if singles and len(chosen) == 1:
+        alone, rest = [tuple(chosen)], [first, *rest]
+    single_cells, random = tuple(rest[: len(alone)]), tuple(rest[len(alone) :])
+    p_random = _p_random(first, random)
+    found = single_cells if len(chosen) > 1 else ()
+    finding, verdict = judge(intact, first, found, random, p_random, exhaustive=drawn.exhaustive)
     return Ablation(
-        how=how, intact=intact, chosen=chosen, singles=one_by_one, random=random, random_mean=_random_mean(random, seed), p_random=p_random,
-        zero_shot=intact.zero_shot, match_note=note, verdict=judge(chosen, one_by_one, p_random)[1], n=prepared.n,
-        provenance=provenance(model, task=task, seed=seed, options={"how": how, "score": score, "n_random": len(random), "batch_size": batch_size}),
+        how=how, intact=intact, chosen=first, singles=single_cells, random=random,
+        random_mean=mean_estimate([cell.accuracy.value for cell in random], unit="probability", seed=seed), p_random=p_random,
+        zero_shot=intact.zero_shot, match_note=drawn.note, verdict=verdict, n=intact.n, provenance=runs.made, finding=finding,
     )  # fmt: skip
 
 
 def dose_curve(
     model: Any,
     data: Data,
-    ranking: HeadScores | Sequence[Head],
+    ranking: Sequence[Head] | HeadScores,
+    name: str | None = None,
     *,
-    by: str = "induction",
     ks: Sequence[int] | None = None,
     how: How = "zero",
-    n_draws: int = 10,
+    n_random: int = 20,
+    spare: Sequence[Head] = (),
     intact: ICLAccuracy | None = None,
-    score: Score = "label",
+    reference: Data | None = None,
+    score: LabelScore = "full",
     seed: int = 0,
     batch_size: int = 8,
     task: str = "",
     progress: bool = True,
 ) -> DoseCurve:
-    """Accuracy with the best 0, 1, 2, ... heads off, with a band of matched random sets of each size.
+    """Accuracy as the top 1, 2, ... k heads of a ranking go off, with a band of as many random heads.
 
     Args:
-        model: A `HookedVLM`, or anything with the surface of `HookedModel`.
-        data: Other episodes than those the ranking comes from.
-        ranking: Heads, best first, or scores to rank by.
-        by: Which score ranks, when scores are given.
-        ks: How many heads off; default 0, 1, ... up to 8, a third of all heads at most.
+        model: As in `ablate`.
+        data: As in `ablate`.
+        ranking: Heads, best first, or HeadScores with the `name` of a score.
+        name: Which score ranks, for HeadScores; what to call the ranking, for a list.
+        ks: How many heads to switch off; default 0, 1, 2, 3, 4, 6, 8, 12, ... up to half of all heads (and no more than the ranking has).
         how: As in `ablate`.
-        n_draws: Random sets of each size.
-        intact, score, seed, batch_size, task, progress: As in `ablate`.
+        n_random: Random sets per k; at each k they leave out the top k, not the heads that come later.
+        spare: As in `ablate`.
+        intact: As in `ablate`.
+        reference: As in `ablate`.
+        score: As in `ablate`.
+        seed: As in `ablate`.
+        batch_size: As in `ablate`.
+        task: As in `ablate`.
+        progress: Show a bar.
+
+    Returns:
+        DoseCurve; the band is NaN at k = 0 and where too few heads are left.
 
     Raises:
-        HeadIndexError, OptionError: as in `ablate`, or a k beyond the ranking.
+        OptionError: an unknown score, or a k outside the ranking.
+        HeadIndexError: as in `ablate`.
     """
-    check_data(data, batch_size)
-    check_score(score)
-    n_all = model.cfg.n_layers * model.cfg.n_heads
-    if isinstance(ranking, HeadScores):
-        if by not in ranking.scores:
-            raise OptionError(f"by must be one of the scores {', '.join(ranking.scores)}; got {by!r}. Score the heads by it first.")
-        order = ranking.top(by, n_all)
-    else:
-        order, by = list(ranking), "the order given"
-    ranked = _check(model, order, how, n_draws)
-    steps = list(range(min(8, max(1, n_all // 3), len(ranked)) + 1)) if ks is None else [int(k) for k in ks]
-    if not steps or min(steps) < 0 or max(steps) > len(ranked):
-        raise OptionError(f"ks must be numbers of heads in 0..{len(ranked)}; got {list(ks or [])}. Rank more heads, or ask for fewer.")
-    prepared = prepare(model, data, batch_size=batch_size)
-    if intact is None:
-        intact = icl_accuracy(model, data, zero_shot=False, score=score, seed=seed, batch_size=batch_size, task=task, progress=progress)
-    trial = Trial(model, prepared, intact, how, score, seed, 4 * batch_size)
-    accuracy: list[Estimate] = []
-    margin: list[Estimate] = []
-    band = np.full((3, len(steps)), np.nan)
-    for i, k in enumerate(progress_bar(steps, total=len(steps), what="dose curve", show=progress)):
-        cell = trial.cell(tuple(ranked[:k]))
-        accuracy.append(cell.accuracy)
-        margin.append(mean_estimate(cell.margins, unit="nats", seed=seed))
-        sets, _ = matched_random(model.cfg.n_layers, model.cfg.n_heads, ranked[:k], n_draws, seed=seed + k, closed=trial.closed)
-        drawn = [trial.cell(s).accuracy.value for s in sets] if k else [cell.accuracy.value]
-        if drawn:
-            band[:, i] = [np.mean(drawn), *np.quantile(drawn, [0.025, 0.975])]
+    heads, ranked_by = _ranking(model, ranking, name)
+    chosen = _checked(model, data, heads, how, score, n_random, batch_size)
+    counts = _default_ks(len(chosen), model) if ks is None else sorted({int(k) for k in ks})
+    if not counts or counts[0] < 0 or counts[-1] > len(chosen):
+        raise OptionError(f"ks must be in 0..{len(chosen)}, the ranking's length; got {list(counts)}. Rank more heads, or ask for fewer.")
+    draws = {
+        k: matched_draws(chosen[:k], _sizes(model), n_random, seed=seed + k, spare=check_heads(model, spare)).sets if k else ()
+        for k in counts
+    }
+    sets = [*(tuple(chosen[:k]) for k in counts if k), *(one for k in counts for one in draws[k])]
+    options = {"ks": list(counts), "how": how, "n_random": n_random, "score": score, "batch_size": batch_size}
+    runs = _Runs(
+        model, data, how, score=score, seed=seed, batch_size=batch_size, progress=progress, task=task, options=options, reference=reference
+    )
+    intact, cells = runs.run(sets, intact, False)
+    n_top = sum(k > 0 for k in counts)
+    top, random = iter(cells[:n_top]), iter(cells[n_top:])
+    points = [(intact.accuracy, intact.margin) if not k else _point(next(top), seed) for k in counts]
+    band = np.full((3, len(counts)), np.nan)
+    for i, k in enumerate(counts):
+        values = [next(random).accuracy.value for _ in draws[k]]
+        if values:
+            band[:, i] = np.quantile(values, 0.025), np.mean(values), np.quantile(values, 0.975)
     return DoseCurve(
-        ranking=tuple(ranked[: max(steps)]), ranked_by=by, ks=np.array(steps), accuracy=tuple(accuracy), margin=tuple(margin),
-        random_mean=band[0], random_low=band[1], random_high=band[2], n_draws=n_draws, chance=intact.chance, how=how, n=prepared.n,
-        provenance=provenance(model, task=task, seed=seed, options={"how": how, "score": score, "n_draws": n_draws, "by": by}),
+        ranking=tuple(chosen), ranked_by=ranked_by, ks=np.array(counts), accuracy=tuple(a for a, _ in points), margin=tuple(m for _, m in points),
+        random_low=band[0], random_mean=band[1], random_high=band[2], n_draws=n_random, chance=intact.chance, how=how, n=intact.n,
+        provenance=runs.made,
     )  # fmt: skip
 
 
-def _check(model: Any, heads: Sequence[Head], how: str, n_random: int) -> list[Head]:
-    if how not in get_args(How):
-        raise OptionError(f'how must be "zero", "mean" or "resample"; got {how!r}. "mean" disturbs the rest of the model least.')
-    if n_random < 0:
-        raise OptionError(f"the number of random draws must not be negative; got {n_random}. 20 lets the control reach p = 0.05.")
-    checked = list(dict.fromkeys(check_heads(model, heads)))
-    if not checked:
-        raise HeadIndexError("heads must be at least one (layer, head) pair; got none. Take some from scores.top('induction', 4).")
-    return checked
+class _Runs:
+    """Many sets of heads on one set of episodes."""
 
+    def __init__(
+        self,
+        model: Any,
+        data: Data,
+        how: How,
+        *,
+        score: LabelScore,
+        seed: int,
+        batch_size: int,
+        progress: bool,
+        task: str,
+        options: dict[str, Any],
+        reference: Data | None,
+    ) -> None:
+        self.model, self.data, self.reference = model, data, data if reference is None else reference
+        self.how: How = how
+        self.score: LabelScore = score
+        self.seed, self.batch_size, self.progress = seed, batch_size, progress
+        self.names = ids_of(data)
+        self.made = provenance(model, task=task, seed=seed, options=options)
 
-@dataclass(eq=False)
-class Trial:
-    """One set of episodes on which heads are switched off again and again; the same set is never run twice."""
-
-    model: Any
-    prepared: Prepared
-    intact: ICLAccuracy
-    how: How
-    score: Score
-    seed: int
-    rows: int
-    known: dict[tuple[Head, ...], AblationCell] = field(default_factory=dict)
-    means: dict[int, Tensor] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if tuple(self.intact.episode_ids) != tuple(self.prepared.ids):
-            raise OptionError(
-                "intact must be the accuracy on these very episodes; got that of others. Leave it out, or pass the same data."
+    def run(self, sets: Sequence[tuple[Head, ...]], intact: ICLAccuracy | None, zero_shot: bool) -> tuple[ICLAccuracy, list[AblationCell]]:
+        """The intact model's result and one cell per set."""
+        every = [*([()] if intact is None else []), *sets]
+        source = self.reference if self.how == "mean" else self.data
+        switches = Switches.build(self.model, source, every, self.how, seed=self.seed, batch_size=self.batch_size)
+        answers, key, reasons = answer(
+            self.model, self.data, score=self.score, switches=switches, batch_size=self.batch_size, names=self.names,
+            what=f"{len(sets)} sets of heads off", progress=self.progress,
+        )  # fmt: skip
+        kept, skipped = usable(self.names, reasons)
+        marked = [
+            mark(one, key, self.names, kept, skipped, score=self.score, seed=self.seed, zero_shot=None, notes=[], made=self.made)
+            for one in answers
+        ]
+        if intact is None:
+            control = (
+                zero_shot_control(self.model, self.data, self.score, self.seed, self.batch_size, self.progress, kept) if zero_shot else None
             )
+            intact, marked = (
+                mark(
+                    answers[0],
+                    key,
+                    self.names,
+                    kept,
+                    skipped,
+                    score=self.score,
+                    seed=self.seed,
+                    zero_shot=control,
+                    notes=[],
+                    made=self.made,
+                ),
+                marked[1:],
+            )
+        elif intact.episode_ids != tuple(self.names[i] for i in kept) or intact.score != self.score:
+            raise OptionError(
+                f"intact must be the same episodes, scored the same way; got {intact.n} episodes scored by {intact.score!r} for {len(kept)} scored by "
+                f"{self.score!r}. Leave it out."
+            )
+        return intact, [self._cell(one, intact, result) for one, result in zip(sets, marked, strict=True)]
 
-    @property
-    def closed(self) -> list[int]:
-        """Layers whose heads cannot be switched off."""
-        return [layer for layer in range(self.model.cfg.n_layers) if z_name(layer) in getattr(self.model, "unavailable", {})]
-
-    def cell(self, heads: tuple[Head, ...]) -> AblationCell:
-        """These heads off."""
-        key = tuple(sorted(heads))
-        if key not in self.known:
-            self.known[key] = self._run(heads)
-        return self.known[key]
-
-    def _run(self, heads: tuple[Head, ...]) -> AblationCell:
-        layers = {layer for layer, _ in heads}
-        if self.how == "mean" and (new := sorted(layers - set(self.means))):
-            self.means |= mean_outputs(self.model, self.prepared, new)
-        if heads:
-            call = switched_off(self.model, heads, self.how, self.means)
-            answers = score_answers(call, self.prepared, score=self.score, rows=self.rows)
-            correct, margins, _ = judge_answers(answers, self.prepared.answers, self.score)
-        else:
-            correct, margins = self.intact.correct, self.intact.margins
-        before, before_margins = self.intact.correct, self.intact.margins
+    def _cell(self, heads: tuple[Head, ...], intact: ICLAccuracy, off: ICLAccuracy) -> AblationCell:
         return AblationCell(
-            heads=heads, accuracy=wilson(correct), change=paired_change(before, correct, unit="probability", seed=self.seed),
-            margin_change=paired_change(before_margins, margins, unit="nats", seed=self.seed), mcnemar_p=mcnemar_p(before, correct),
-            correct=correct, margins=margins, name=", ".join(f"{layer}.{head}" for layer, head in heads),
+            heads=heads, accuracy=off.accuracy, change=paired_change(intact.correct, off.correct, unit="probability", seed=self.seed),
+            margin_change=paired_change(intact.margins, off.margins, unit="nats", seed=self.seed),
+            mcnemar_p=mcnemar_p(intact.correct, off.correct), correct=off.correct, margins=off.margins,
+            name=" ".join(head_name(head) for head in heads),
         )  # fmt: skip
 
 
+def _checked(model: Any, data: Data, heads: Sequence[Head], how: str, score: str, n_random: int, batch_size: int) -> list[Head]:
+    """Every refusal that needs no forward pass; the heads, checked."""
+    check_data(data, batch_size)
+    check_score(score)
+    if n_random < 0:
+        raise OptionError(f"n_random must be at least 0; got {n_random}. 19 or more make p = 0.05 possible.")
+    if not len(heads):
+        raise HeadIndexError("heads must be at least one (layer, head); got none. Rank them with score_heads(...).top(name, k).")
+    checked = check_heads(model, heads)
+    twice = [head for head in checked if checked.count(head) > 1]
+    if twice:
+        raise HeadIndexError(f"heads must be different; got {head_name(twice[0])} twice. Name each head once.")
+    return checked
+
+
+def _sizes(model: Any) -> dict[int, int]:
+    """Layer -> number of heads, of the layers that can be switched."""
+    anatomy = getattr(model, "anatomy", None)  # layers of a few families differ in their number of heads
+    return {layer: int(anatomy.layers[layer].n_heads if anatomy is not None else model.cfg.n_heads) for layer in switchable(model)}
+
+
 def _p_random(chosen: AblationCell, random: Sequence[AblationCell]) -> float:
-    """Share of random sets that cost at least as much, counting the chosen one (so never zero); NaN without draws."""
     if not random:
         return float("nan")
-    worse = sum(cell.accuracy.value <= chosen.accuracy.value for cell in random)
-    return (1 + worse) / (1 + len(random))
+    worse = sum(cell.accuracy.value <= chosen.accuracy.value + TOLERANCE for cell in random)
+    return float(permutation_p(0.0, worse, len(random)))
 
 
-def _random_mean(random: Sequence[AblationCell], seed: int) -> Estimate:
-    """Accuracy of the random sets, averaged over draws; interval over episodes."""
-    if not random:
-        return Estimate(np.nan, np.nan, np.nan, 0)
-    return mean_estimate(np.mean([cell.correct for cell in random], 0), unit="probability", seed=seed)
+def _point(cell: AblationCell, seed: int) -> tuple[Any, Any]:
+    return cell.accuracy, mean_estimate(cell.margins, unit="nats", seed=seed)
 
 
-def needed(change: Estimate, mcnemar: float) -> bool:
-    """Accuracy falls, by the paired interval and by the exact test of the answers that changed."""
-    return bool(change.high < 0 and mcnemar < ALPHA)
+def _ranking(model: Any, ranking: Sequence[Head] | HeadScores, name: str | None) -> tuple[list[Head], str]:
+    if not isinstance(ranking, HeadScores):
+        return list(ranking), name or "given"
+    if name is None or name not in ranking.scores:
+        raise OptionError(f"name must be one of the scores, {', '.join(ranking.scores)}; got {name!r}. Say which score ranks the heads.")
+    return ranking.top(name, model.cfg.n_layers * model.cfg.n_heads), name
 
 
-def judge(chosen: AblationCell, singles: Sequence[AblationCell], p_random: float) -> tuple[str, str]:
-    """What may be claimed of a set of heads: the finding of `HeadSet`, and a sentence.
-
-    Redundancy and irrelevance look the same one head at a time; the set tells them apart.
-    """
-    several = len(chosen.heads) > 1
-    what = "the set" if several else "the head"
-    if not needed(chosen.change, chosen.mcnemar_p):
-        return "irrelevant", f"Accuracy does not fall without {what}: for this task it is not needed, whatever it looks at."
-    if np.isnan(p_random):
-        return "necessary", f"Accuracy falls without {what}, but there is no random control to compare it with."
-    if p_random >= ALPHA:
-        return (
-            "irrelevant",
-            f"Accuracy falls without {what}, but as many random heads can cost as much (p = {p_random:.2g}): not shown to be specific.",
-        )
-    alone = [c.heads[0] for c in singles if needed(c.change, c.mcnemar_p)]
-    names = ", ".join(f"{layer}.{head}" for layer, head in alone)
-    if not several:
-        return "necessary", "The head is needed, and random heads are not."
-    if not singles:
-        return "necessary", "The set is needed, and random heads are not; its heads were not tried alone."
-    if not alone:
-        return "redundant", "The set is needed, and random heads are not; each of its heads alone can be spared: redundant, not irrelevant."
-    return "necessary", f"The set is needed, and random heads are not; alone, {names} {'is' if len(alone) == 1 else 'are'} already needed."
+def _default_ks(n: int, model: Any) -> list[int]:
+    most = min(n, max(1, model.cfg.n_layers * model.cfg.n_heads // 2))
+    steps = [k for k in (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64) if k < most]
+    return [*steps, most]

@@ -56,7 +56,7 @@ def icl_accuracy(
     kept, skipped = usable(names, reasons)
     control, notes = None, []
     if zero_shot:
-        control = _zero_shot(model, data, score, seed, batch_size, progress, kept)
+        control = zero_shot_control(model, data, score, seed, batch_size, progress, kept)
         if control is None:
             notes.append("No zero-shot control: a Batch without episodes cannot be rendered without its examples.")
     made = provenance(model, task=task, seed=seed, options={"score": score, "batch_size": batch_size, "zero_shot": zero_shot})
@@ -71,7 +71,9 @@ def usable(names: list[str], reasons: list[str]) -> tuple[np.ndarray, tuple[Skip
     """
     kept = np.array([i for i, reason in enumerate(reasons) if not reason], dtype=int)
     if not len(kept):
-        raise EpisodeError(f"candidates must be told apart by their tokens; in none of {len(reasons)} episodes they are ({reasons[0]}). Choose other labels, or score='first_token'.")
+        raise EpisodeError(
+            f"candidates must be told apart by their tokens; in none of {len(reasons)} episodes they are ({reasons[0]}). Choose other labels, or score='first_token'."
+        )
     return kept, tuple(Skipped(name, reason) for name, reason in zip(names, reasons, strict=True) if reason)
 
 
@@ -92,7 +94,7 @@ def mark(
     right = key.answers[kept]
     deciding = answers.deciding(score)[kept]
     predicted, tied = predict(deciding, seed)
-    by_first, first_tied = predict(answers.first[kept], seed)
+    by_first = predict(answers.first[kept], seed)[0]
     open_correct = np.array([int(answers.greedy[i]) == key.first_tokens[i][key.answers[i]] for i in kept])
     in_context = np.array([int(answers.greedy[i]) in key.context_tokens[i] for i in kept])
     alike = sum(len(set(key.first_tokens[i])) < len(key.first_tokens[i]) for i in kept)
@@ -100,7 +102,9 @@ def mark(
     if tied.any():
         notes.append(f"{int(tied.sum())} of {len(kept)} episodes tie between their best candidates; a coin decided.")
     if alike:
-        notes.append(f"In {alike} of {len(kept)} episodes candidates begin with the same token: their first-token accuracy is decided by a coin.")
+        notes.append(
+            f"In {alike} of {len(kept)} episodes candidates begin with the same token: their first-token accuracy is decided by a coin."
+        )
     gaps = margins(deciding, right)
     return ICLAccuracy(
         accuracy=wilson(predicted == right), first_token_accuracy=wilson(by_first == right), open_accuracy=wilson(open_correct),
@@ -112,7 +116,10 @@ def mark(
     )  # fmt: skip
 
 
-def _zero_shot(model: Any, data: Data, score: LabelScore, seed: int, batch_size: int, progress: bool, kept: np.ndarray) -> Estimate | None:
+def zero_shot_control(
+    model: Any, data: Data, score: LabelScore, seed: int, batch_size: int, progress: bool, kept: np.ndarray
+) -> Estimate | None:
+    """Accuracy on the rows `kept` without their examples; None for a Batch without episodes."""
     episodes = data.episodes if isinstance(data, Batch) else data
     if not episodes:
         return None

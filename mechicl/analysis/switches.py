@@ -81,7 +81,7 @@ class Switches:
         generator = torch.Generator().manual_seed(self.seed)
         shift = int(torch.randint(1, n, (), generator=generator))
         other = torch.cat([block * n + (torch.arange(n) + shift) % n for block in range(blocks)])
-        real = wide.inputs["attention_mask"].bool()[other]
+        real = _real(wide)[other]
         with model.hooks(fwd_hooks=[(z_name(layer), self._keep(layer, other, real)) for layer in self._layers()]):
             model(wide)
 
@@ -116,6 +116,11 @@ class Switches:
         return switch
 
 
+def _real(batch: Batch) -> Tensor:
+    mask = batch.inputs.get("attention_mask")
+    return torch.ones_like(batch.inputs["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+
+
 def check_how(how: str, n: int) -> None:
     """Raises OptionError for a way that does not exist, or that needs more episodes."""
     if how not in get_args(How):
@@ -130,7 +135,7 @@ def head_means(model: Any, data: Data, layers: Sequence[int], *, batch_size: int
     sums: dict[int, Tensor] = {}
     count = 0
     for batch in batches(model, data, batch_size):
-        real = batch.inputs["attention_mask"].bool()
+        real = _real(batch)
 
         def add(z: Tensor, *, hook: Any, real: Tensor = real) -> None:
             layer = int(hook.name.split(".")[1])

@@ -1,0 +1,251 @@
+"""How probable each candidate label is after a prompt, with any heads switched off: the forward passes behind accuracy and ablation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechicl.analysis.feed import Data, batches, labels_of, progress_bar
+from mechicl.analysis.switches import Switches
+from mechicl.errors import NotFiniteError, OptionError
+from mechicl.prompts.batch import Batch
+
+LabelScore = Literal["full", "mean_token", "first_token"]
+"""What decides between candidates: the log-probability of the whole label (the probability that the model says it), the same per token (which does not
+favour short labels), or the first token's alone (which cannot tell labels apart that begin alike, but needs one prompt instead of one per candidate)."""
+
+TIE = 1e-5
+"""Nats. Labels closer than this are tied: sums of float32 log-probabilities differ by as much from the order of addition."""
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """Log-probabilities in nats, [batch, label] (-inf where a prompt has fewer candidates), and the greedy first token over the whole vocabulary."""
+
+    total: np.ndarray
+    per_token: np.ndarray
+    first: np.ndarray
+    greedy: np.ndarray
+
+    def deciding(self, score: LabelScore) -> np.ndarray:
+        """The numbers that decide between candidates."""
+        return {"full": self.total, "mean_token": self.per_token, "first_token": self.first}[score]
+
+    @staticmethod
+    def join(parts: Sequence[Answers]) -> Answers:
+        """One after the other; candidates beyond a part's own are -inf."""
+        width = max(part.total.shape[1] for part in parts)
+
+        def wide(x: np.ndarray) -> np.ndarray:
+            return np.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=-np.inf)
+
+        columns = {name: np.concatenate([wide(getattr(part, name)) for part in parts]) for name in ("total", "per_token", "first")}
+        return Answers(**columns, greedy=np.concatenate([part.greedy for part in parts]))
+
+
+def check_score(score: str) -> None:
+    """Raises OptionError for a score that does not exist."""
+    if score not in get_args(LabelScore):
+        raise OptionError(f"score must be one of {', '.join(get_args(LabelScore))}; got {score!r}. full is the primary.")
+
+
+def indistinct(batch: Batch) -> list[str]:
+    """For each prompt why its candidates cannot be compared by whole labels; "" where they can.
+
+    A label whose tokens begin another's is always the more probable of the two, whatever the model thinks, because nothing ends it.
+    """
+    reasons = []
+    for names, ids in zip(batch.candidates, batch.candidate_ids, strict=True):
+        pair = next(((a, b) for a, x in enumerate(ids) for b, y in enumerate(ids) if a != b and y[: len(x)] == x), None)
+        reasons.append(
+            ""
+            if pair is None
+            else f"candidate {names[pair[0]]!r} is the beginning of {names[pair[1]]!r}, so its probability includes the other's"
+        )
+    return reasons
+
+
+def n_blocks(batch: Batch, score: LabelScore) -> int:
+    """How many copies of each prompt one scoring needs: one per candidate, or one when first tokens are all there is."""
+    if score == "first_token" or all(len(ids) == 1 for row in batch.candidate_ids for ids in row):
+        return 1
+    return max(len(row) for row in batch.candidate_ids)
+
+
+def widen(batch: Batch, blocks: int) -> Batch:
+    """Block j: every prompt followed by its candidate j, less the candidate's last token, which predicts nothing that is asked."""
+    if blocks == 1:
+        return batch
+    return batch.repeat(blocks).append([_ids(batch, i, j)[:-1] for j in range(blocks) for i in range(batch.n)])
+
+
+def _ids(batch: Batch, row: int, j: int) -> tuple[int, ...]:
+    """Candidate j of a prompt; the first one again where there are fewer."""
+    ids = batch.candidate_ids[row]
+    return ids[j] if j < len(ids) else ids[0]
+
+
+Hooks = Sequence[tuple[str, Callable[..., Any]]]
+
+
+@torch.no_grad()
+def label_logprobs(
+    model: Any,
+    batch: Batch,
+    *,
+    score: LabelScore = "full",
+    copies: int = 1,
+    hooks: Hooks = (),
+    names: Sequence[str] = (),
+    wide: Batch | None = None,
+) -> list[Answers]:
+    """Score the candidates of every prompt, all in one forward pass.
+
+    Args:
+        model: Anything with the surface of `HookedModel`.
+        batch: The prompts.
+        score: Whether whole labels are needed, or first tokens will do.
+        copies: How many times, one after the other along the batch; `hooks` may treat the copies differently (row // (rows / copies) is the copy).
+        hooks: (hook name, function), active during the pass.
+        names: What to call the prompts in errors.
+        wide: `widen(batch, n_blocks(batch, score))`, where the caller has it already.
+
+    Returns:
+        One `Answers` per copy.
+
+    Raises:
+        NotFiniteError: logits are NaN or infinite at an asked position; names the prompts.
+    """
+    blocks = n_blocks(batch, score)
+    wide = widen(batch, blocks) if wide is None else wide
+    length = max(len(ids) for row in batch.candidate_ids for ids in row) if blocks > 1 else 1
+    positions = wide.query_pos[:, None] + torch.arange(length)
+    run = wide if copies == 1 else wide.repeat(copies)
+    with model.hooks(fwd_hooks=list(hooks)):
+        logits: Tensor = model(run, positions=positions.clamp_max(wide.n_pos - 1).repeat(copies, 1))
+    found = []
+    for copy in logits.split(batch.n * blocks):
+        values = copy.float()
+        normaliser = values.logsumexp(-1)
+        bad = ~torch.isfinite(normaliser).reshape(blocks, batch.n, -1).all(-1).all(0)
+        if bool(bad.any()):
+            rows: list[int] = bad.nonzero()[:, 0].tolist()
+            who = ", ".join(names[i] if i < len(names) else str(i) for i in rows[:5])
+            raise NotFiniteError(
+                f"logits must be finite; got NaN or infinity in episodes {who}. Use float32 or bfloat16, and check the weights."
+            )
+        found.append(_answers(batch, values, normaliser, blocks))
+    return found
+
+
+def _answers(batch: Batch, logits: Tensor, normaliser: Tensor, blocks: int) -> Answers:
+    """logits [blocks * batch, length, vocab] -> log-probabilities of the candidates."""
+    n, length, width = batch.n, logits.shape[1], max(len(row) for row in batch.candidate_ids)
+    tokens, known = torch.zeros(width, n, length, dtype=torch.long), torch.zeros(width, n, length, dtype=torch.bool)
+    for i, row in enumerate(batch.candidate_ids):
+        for j, ids in enumerate(row):
+            tokens[j, i, : len(ids)], known[j, i, : len(ids)] = torch.tensor(ids[:length]), True
+    logprobs = logits.reshape(blocks, n, length, -1)
+    picked = logprobs.expand(width, -1, -1, -1).gather(-1, tokens.to(logits.device)[..., None])[..., 0]
+    steps = (picked - normaliser.reshape(blocks, n, length)).cpu().double().masked_fill(~known, 0.0)
+    count = known.sum(-1)
+    total = steps.sum(-1).masked_fill(count == 0, -torch.inf).T.numpy()
+    first = steps[..., 0].masked_fill(count == 0, -torch.inf).T.numpy()
+    return Answers(total, total / count.clamp_min(1).T.numpy(), first, logits[:n, 0].argmax(-1).cpu().numpy())
+
+
+@dataclass(frozen=True, eq=False)
+class Key:
+    """What the answers are marked against: index of the right candidate, number of candidates, first tokens of each and of the context's labels."""
+
+    answers: np.ndarray
+    candidates: tuple[tuple[str, ...], ...]
+    first_tokens: tuple[tuple[int, ...], ...]
+    context_tokens: tuple[frozenset[int], ...]
+
+    @staticmethod
+    def of(batch: Batch) -> Key:
+        """The key of a batch."""
+        first = tuple(tuple(ids[0] for ids in row) for row in batch.candidate_ids)
+        context = tuple(
+            frozenset(first[i][names.index(label)] for label in labels if label in names)
+            for i, (names, (labels, _)) in enumerate(zip(batch.candidates, labels_of(batch), strict=True))
+        )
+        return Key(np.array(batch.answers), batch.candidates, first, context)
+
+    @staticmethod
+    def join(parts: Sequence[Key]) -> Key:
+        """One after the other."""
+        return Key(
+            np.concatenate([part.answers for part in parts]), sum((part.candidates for part in parts), ()),
+            sum((part.first_tokens for part in parts), ()), sum((part.context_tokens for part in parts), ()),
+        )  # fmt: skip
+
+
+def predict(values: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Index of the most probable candidate, ties broken by a seeded coin (the same for the same episode whatever is ablated), and which were ties.
+
+    Args:
+        values: [batch, label], -inf for no candidate.
+        seed: Decides the coin.
+    """
+    best = values >= values.max(1, keepdims=True) - TIE
+    coin = np.random.default_rng(seed).random(values.shape)
+    return np.where(best, coin, -1.0).argmax(1), best.sum(1) > 1
+
+
+def margins(values: np.ndarray, answers: np.ndarray) -> np.ndarray:
+    """Right label minus the best wrong one, nats, [batch]."""
+    rows = np.arange(len(answers))
+    wrong = values.copy()
+    wrong[rows, answers] = -np.inf
+    return values[rows, answers] - wrong.max(1)
+
+
+def answer(
+    model: Any,
+    data: Data,
+    *,
+    score: LabelScore = "full",
+    switches: Switches | None = None,
+    batch_size: int = 8,
+    names: Sequence[str] = (),
+    what: str = "scoring labels",
+    progress: bool = False,
+) -> tuple[list[Answers], Key, list[str]]:
+    """Score the candidates of all data, once for each set of heads that `switches` turns off (once as the model is, without).
+
+    Episodes are rendered once; as many sets as fit into `batch_size` prompts share a forward pass.
+
+    Returns:
+        One `Answers` per set; the key; for each episode why it cannot be scored ("" where it can).
+    """
+    switches = switches or Switches.none()
+    n, widest = len(data), max(len(row) for row in (data.candidates if isinstance(data, Batch) else [e.candidates for e in data]))
+    size = max(switches.least, batch_size // (widest if score != "first_token" else 1), 1)
+    found: list[list[Answers]] = [[] for _ in switches.sets]
+    keys, reasons, seen = [], [], 0
+    n_parts = max(1, min(-(-n // size), n // switches.least))
+    bar = progress_bar(None, total=n_parts * len(switches.sets), what=what, show=progress)
+    for batch in batches(model, data, size, least=switches.least):
+        blocks = n_blocks(batch, score)
+        wide = widen(batch, blocks)
+        together = max(1, batch_size // wide.n)
+        switches.see(model, wide, blocks)
+        for start in range(0, len(switches.sets), together):
+            group = range(start, min(start + together, len(switches.sets)))
+            hooks = switches.hooks(group, wide.n)
+            some = label_logprobs(model, batch, score=score, copies=len(group), hooks=hooks, names=names[seen : seen + batch.n], wide=wide)
+            for k, one in zip(group, some, strict=True):
+                found[k].append(one)
+            bar.update(len(group))
+        keys.append(Key.of(batch))
+        reasons += [""] * batch.n if score == "first_token" else indistinct(batch)
+        seen += batch.n
+    bar.close()
+    return [Answers.join(parts) for parts in found], Key.join(keys), reasons
