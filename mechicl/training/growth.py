@@ -60,7 +60,8 @@ def head_scores(model: Any, work: Work) -> dict[str, Tensor]:
 
     Returns:
         "previous token", "label to its item", "induction": [batch, layer, head] mass in probability; "cla": [batch], whether the likeliest first
-        token opens a label of the prompt. Induction is the mass on all tokens of right labels minus that on wrong labels: 1 for a head that looks only at right ones.
+        token opens a label of the prompt. Induction is the mass on right labels and the tokens that close their turns (up to the next picture), minus that on
+        wrong ones: 1 for a head that looks only at right ones. Label to its item: the most that a token of the label or its close gives to the item.
 
     Source:
         Huang et al. 2026 (PH, ILA, IHStrength, CLA). Differs: masses per span; previous token on text rows only.
@@ -82,8 +83,9 @@ def head_scores(model: Any, work: Work) -> dict[str, Tensor]:
     picture = ids == image_token(model.config)
     content = picture if picture.any() else rows.attention_mask.bool()
     own = (at >= begins[..., None]) & (at < rows.starts[..., None]) & content[:, None]
-    right = (inside[:, :-1] & (order[:, :-1] == order[:, -1:])[..., None]).any(1).float()
-    wrong = (inside[:, :-1] & (order[:, :-1] != order[:, -1:])[..., None]).any(1).float()
+    turn = inside | closing(rows.stops, picture if picture.any() else torch.zeros_like(picture))
+    right = (turn[:, :-1] & (order[:, :-1] == order[:, -1:])[..., None]).any(1).float()
+    wrong = (turn[:, :-1] & (order[:, :-1] != order[:, -1:])[..., None]).any(1).float()
     query = rows.starts[:, -1] - 1
     each = torch.arange(batch)
     text = (rows.attention_mask.bool() & ~picture)[:, 1:] & rows.attention_mask.bool()[:, :-1]
@@ -93,12 +95,19 @@ def head_scores(model: Any, work: Work) -> dict[str, Tensor]:
         scores["induction"].append((row * (right - wrong)[:, None]).sum(-1))
         back = pattern.diagonal(-1, 2, 3)
         scores["previous token"].append((back * text[:, None]).sum(-1) / text.sum(-1)[:, None])
-        label_rows = inside[:, :-1].float()  # [batch, item, dest]
-        mass = torch.einsum("bid,bhds,bis->bh", label_rows, pattern, own[:, :-1].float())
-        scores["label to its item"].append(mass / label_rows.sum((1, 2))[:, None])
+        mass = torch.einsum("bhds,bis->bhid", pattern, own[:, :-1].float())
+        scores["label to its item"].append(mass.masked_fill(~turn[:, None, :-1], 0.0).amax(-1).mean(-1))
     first = model.get_output_embeddings()(out.last_hidden_state[each, query]).argmax(-1)
     openings = ids.gather(1, rows.starts[:, :-1])
     return {name: torch.stack(few, 1) for name, few in scores.items()} | {"cla": (openings == first[:, None]).any(1).float()}
+
+
+def closing(stops: Tensor, picture: Tensor) -> Tensor:
+    """Tokens after each label, up to the next picture: where a chat template closes the turn. [batch, item, pos]; none where there is no picture."""
+    at = torch.arange(picture.shape[1])
+    after = at >= stops[..., None]
+    met = (picture[:, None] & after).cumsum(-1) > 0
+    return after & ~met & picture.any(-1)[:, None, None]
 
 
 def measure(model: Any, works: Mapping[str, Work], heads: Work) -> dict[str, list[float]]:
