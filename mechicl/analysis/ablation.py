@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mechicl.analysis.feed import Data, check_data, ids_of, provenance
+from mechicl.analysis.feed import Data, check_data, ids_of, provenance, rehearse
 from mechicl.analysis.icl import mark, usable, zero_shot_control
 from mechicl.analysis.labels import LabelScore, answer, check_score
 from mechicl.analysis.matched import matched_draws
@@ -265,6 +265,7 @@ def _checked(model: Any, data: Data, heads: Sequence[Head], how: str, score: str
     twice = [head for head in checked if checked.count(head) > 1]
     if twice:
         raise HeadIndexError(f"heads must be different; got {head_name(twice[0])} twice. Name each head once.")
+    rehearse(model, data)
     return checked
 
 

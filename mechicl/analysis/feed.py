@@ -41,6 +41,22 @@ def check_data(data: Data, batch_size: int) -> int:
     return len(data)
 
 
+def rehearse(model: Any, data: Data) -> None:
+    """Render the longest episode, so that a prompt beyond the context or a picture that the processor refuses is an error now, not after an hour.
+
+    Raises:
+        ContextLengthError, RenderError, ImageError: what rendering raises.
+    """
+    if isinstance(data, Batch):
+        return
+
+    def length(episode: Episode) -> tuple[int, int]:
+        shots = (*episode.shots, episode.query)
+        return sum(image.width * image.height for image in episode.images), sum(len(shot.text) + len(shot.label) for shot in shots)
+
+    model.render([max(data, key=length)])
+
+
 def ids_of(data: Data) -> list[str]:
     """A name for every episode: its id, else its number."""
     names = list(data.ids) if isinstance(data, Batch) else [episode.id for episode in data]

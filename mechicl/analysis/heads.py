@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mechicl.analysis.feed import Data, check_data, comparable, ids_of, provenance, take
+from mechicl.analysis.feed import Data, check_data, comparable, ids_of, provenance, rehearse, take
 from mechicl.analysis.layout import PLACES, closing_group, image_group, place_group, text_group
 from mechicl.analysis.reading import Reading, Wanted, read
 from mechicl.analysis.scores import SCORES, Scorer
@@ -80,6 +80,7 @@ def score_heads(
         raise OptionError(f"n_null must be at least 1; got {n_null}. Leave it out for enough shuffles.")
     kept, skipped = comparable(data)
     data = take(data, kept)
+    rehearse(model, data)
     wanted = Wanted(everything="previous_token_all" in scores, k_back=k_back)
     reading = read(model, data, wanted, batch_size=batch_size, progress=progress, names=ids_of(data))
     scorer = Scorer(reading, n_null=n_null, seed=seed, k_back=k_back, lift=lift)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mechicl.analysis.feed import Data, check_data, ids_of, provenance
+from mechicl.analysis.feed import Data, check_data, ids_of, provenance, rehearse
 from mechicl.analysis.labels import Answers, Key, LabelScore, answer, check_score, margins, predict
 from mechicl.analysis.statistics import mean_estimate, wilson
 from mechicl.errors import EpisodeError
@@ -51,6 +51,7 @@ def icl_accuracy(
     """
     check_data(data, batch_size)
     check_score(score)
+    rehearse(model, data)
     names = ids_of(data)
     found, key, reasons = answer(model, data, score=score, batch_size=batch_size, names=names, progress=progress)
     kept, skipped = usable(names, reasons)

@@ -274,7 +274,8 @@ def ila(mass: Float[Tensor, "batch head dest_shot shot"], known: Bool[Tensor, "b
     The first exemplar is left out: its label has no other item to look at, so its attention tells nothing.
 
     Args:
-        mass: Attention of each exemplar's label (mean over its tokens) to each exemplar's item (summed over its tokens).
+        mass: Attention of each exemplar's label to each exemplar's item, summed over the item's tokens. (Of a label's several rows the caller
+            chooses: `score_heads` takes the row that looks most, since one row is enough to fetch the item.)
         known: Exemplars that exist.
 
     Returns:

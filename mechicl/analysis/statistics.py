@@ -118,7 +118,7 @@ def mcnemar_p(before: ArrayLike, after: ArrayLike) -> float:
     return float(min(1.0, result.pvalue))
 
 
-def permutation_p(observed: ArrayLike, exceeded: ArrayLike, n_draws: int) -> np.ndarray:
+def permutation_p(observed: ArrayLike | float, exceeded: ArrayLike | int, n_draws: int) -> np.ndarray:
     """One-sided p of a permutation test with the +1 correction, which counts the observed order as one of the draws (so p is never 0).
 
     Args:
@@ -166,7 +166,8 @@ def outlier_p(own: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarr
     prediction interval: t = (own - mean(others)) / (s sqrt(1 + 1/m)).
 
     Several readers are compared each with its own others: the differences are averaged, the spread pooled within readers, and nothing is gained
-    from the number of readers, because all may share one preference (for the nearest place, say).
+    from the number of readers, neither in the spread nor in the degrees of freedom (those of the reader with most places), because all may share one
+    preference (for the nearest place, say).
 
     Args:
         own: Log attention [reader, ...].
@@ -183,11 +184,11 @@ def outlier_p(own: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarr
     mean = np.where(known, others, 0.0).sum(1) / np.maximum(m, 1)
     squares = (np.where(known, others - mean[:, None], 0.0) ** 2).sum((0, 1))
     has = (m > 0) & ~np.isnan(own)
-    readers, dof = has.sum(0), np.maximum(m - 1, 0).sum(0)
+    readers, freedom, dof = has.sum(0), np.maximum(m - 1, 0).sum(0), np.maximum(m - 1, 0).max(0, initial=0)
     with np.errstate(invalid="ignore", divide="ignore"):
         difference = np.where(has, own - mean, 0.0).sum(0) / readers
         factor = np.where(has, 1 + 1 / np.maximum(m, 1), 0.0).sum(0) / readers
-        spread = np.sqrt(squares / dof * factor)
+        spread = np.sqrt(squares / freedom * factor)
     return _student(difference, spread, dof, (dof >= 1) & (readers >= 1), stats)
 
 

@@ -123,7 +123,7 @@ def rotate(
 ) -> Float[Tensor, "batch pos head d_head"]:
     """RoPE: each pair (i, i + d_head / 2) is turned by place * theta^(-2i / d_head), so that scores depend on the offset only."""
     half = x.shape[-1] // 2
-    angle = place[:, :, None, None] * theta ** (-torch.arange(half, device=x.device) / half)
+    angle = place[:, :, None, None] * theta ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1).to(x.dtype)
 
