@@ -207,7 +207,7 @@ def ablate(
     loaded = _load(model, device, dtype, revision, trust_remote_code, quiet)
     from mechicl.analysis.ablation import ablate as switch_off
     from mechicl.analysis.heads import score_heads
-    from mechicl.views.story import ablation_frame, percent, points
+    from mechicl.views.story import ablation_frame, against_random, percent, points
 
     common: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "task": _task_name(task, classes, shots), "progress": not quiet}
     if top is not None:
@@ -221,9 +221,7 @@ def ablate(
     for cell in result.singles if len(wanted) > 1 else ():
         typer.echo(f"only {f'{cell.heads[0][0]}.{cell.heads[0][1]}':<15} {percent(cell.accuracy)}, {points(cell.change)}")
     if result.random:
-        typer.echo(
-            f"random heads         {percent(result.random_mean)} over {len(result.random)} draws, as low as the set with p = {result.p_random:.2g}"
-        )
+        typer.echo(against_random(result))
     typer.echo(result.verdict)
     if target is not None:
         _write_text(target, ablation_frame(result).to_csv(index=False, lineterminator="\n"))
@@ -294,7 +292,7 @@ def _draw(task: str, n: int, classes: int, shots: int, size: int, seed: int, *, 
 
 
 def _task_name(task: str, classes: int, shots: int) -> str:
-    return f"{task}, {classes} classes x {shots} shots"
+    return f"{task}, {classes} classes × {shots} {'shot' if shots == 1 else 'shots'}"
 
 
 def _load(name: str, device: str | None, dtype: str, revision: str | None, trust: bool, quiet: bool, *, check: bool = True) -> Any:

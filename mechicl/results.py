@@ -324,8 +324,7 @@ class HeadSet:
     """Heads found by one rule on one half of the episodes, and what switching them off does on the other half.
 
     `found`: their scores passed the rule. `ablation` is None when no head did; `verdict` says in words what may be claimed.
-    `finding`: "redundant" (the set is needed, no single head of it is), "necessary" (the set is needed, and so is at least one head alone),
-    "irrelevant" (the set off costs no more than nothing, or no more than random heads off), "none" (no head passed).
+    `finding`: a word of `mechicl.analysis.verdict.FINDINGS`, or "none" where no head passed.
     """
 
     kind: str

@@ -246,6 +246,13 @@ def test_where_nothing_is_found_the_page_says_so() -> None:
     assert "not proven" in story.headline(replace(learner, sets=(harmless,)))
 
 
+def test_a_large_drop_that_the_test_cannot_see_is_not_called_irrelevance() -> None:
+    weak = HeadSet("induction", "induction", "rule", samples.INDUCTION, "irrelevant", "No evidence.", samples.ablation(after=0.5))
+    assert story.badge(weak) == "too few prompts to say"
+    assert story.badge(replace(weak, ablation=samples.ablation(after=0.95))) == "not needed here"
+    assert story.badge(replace(weak, finding="redundant")) == "redundant"
+
+
 def test_accuracy_must_clear_its_controls_before_anything_is_claimed() -> None:
     assert story.learns(samples.accuracy(0.97))
     assert not story.learns(samples.accuracy(0.97, zero=0.97))

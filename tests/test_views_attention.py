@@ -90,6 +90,16 @@ def test_positions_keep_their_order_and_their_number() -> None:
         choose_positions(view, 1)
 
 
+def test_what_the_heads_read_is_never_thinned_out() -> None:
+    view = samples.prompt(per_image=64)
+    glue = view.roles.index("glue", 200)
+    row = np.full(len(view.tokens), 1e-4)
+    row[glue] = 0.9
+    view = replace(view, rows={(1, 0): row})
+    assert glue not in choose_positions(view, 20)
+    assert glue in choose_positions(view, 20, [(1, 0)])
+
+
 def test_attention_to_later_tokens_is_not_hidden() -> None:
     view = samples.prompt()
     pattern = view.patterns[(1, 0)].copy()

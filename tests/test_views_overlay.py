@@ -52,7 +52,7 @@ def test_shares_in_the_grid_are_sums_over_the_pictures_patches() -> None:
         assert picture.share == pytest.approx(sum(view.rows[(1, 0)][p] for p in box))
         assert [p.share for p in picture.patches] == [view.rows[(1, 0)][p] for p in sorted(box)]
     assert row.top == max(p.share for q in row.pictures for p in q.patches)
-    assert max(p.glow for q in row.pictures for p in q.patches) == 1
+    assert max(p.glow for q in row.pictures for p in q.patches) == row.top / max(row.top, 0.02)
     assert [q.kind for q in row.pictures] == ["right", "wrong", "right", "wrong", "query"]
 
 
@@ -60,10 +60,25 @@ def test_label_to_image_heads_are_read_from_each_examples_own_label() -> None:
     view = samples.prompt()
     (row,) = picture_grid(view, [(0, 1)], own_label={(0, 1)})
     second = row.pictures[1]
-    readers = [p for p, (s, r) in enumerate(zip(view.shots, view.roles, strict=True)) if s == 1 and r == "label"]
-    want = view.patterns[(0, 1)][readers].mean(0)
-    assert [p.share for p in second.patches] == pytest.approx([want[p.position] for p in second.patches])
+    readers = [p for p in range(len(view.tokens)) if view.shots[p] == 1 and view.roles[p] == "label"]
+    readers += [readers[-1] + 1, readers[-1] + 2]  # the line break that closes the turn, and the next turn's head
+    best = max(readers, key=lambda r: sum(view.patterns[(0, 1)][r][p.position] for p in second.patches))
+    assert [p.share for p in second.patches] == [view.patterns[(0, 1)][best][p.position] for p in second.patches]
     assert [p.share for p in row.pictures[-1].patches] == [view.rows[(0, 1)][p.position] for p in row.pictures[-1].patches]
+
+
+def test_pictures_that_get_next_to_nothing_do_not_light_up() -> None:
+    view = samples.prompt()
+    row = view.rows[(1, 0)].copy()
+    row[[p for box in view.image_boxes for p in box]] = 1e-4
+    (drawn,) = picture_grid(replace(view, rows={(1, 0): row}, patterns={}), [(1, 0)])
+    assert max(p.glow for q in drawn.pictures for p in q.patches) == pytest.approx(1e-4 / 0.02)
+
+
+def test_heads_keep_the_name_of_their_group() -> None:
+    drawn = strip(samples.prompt(), {"induction": [(1, 0), (1, 1)], "label-to-image": [(0, 1)], "none": []})
+    assert drawn.heads == (("induction", ("1.0", "1.1")), ("label-to-image", ("0.1",)))
+    assert list(drawn.data["heads"]) == ["1.0", "1.1", "0.1"]  # type: ignore[call-overload]
 
 
 def test_every_position_is_on_the_strip_exactly_once() -> None:

@@ -126,7 +126,9 @@ def test_the_ablation_figure_shows_every_cell() -> None:
     assert list(trace(figure, "random, mean").x) == [result.random_mean.value]
     assert result.zero_shot is not None
     assert list(trace(figure, "zero-shot").x) == [result.zero_shot.value]
-    assert "−" in figure.layout.title.subtitle.text or "-" in figure.layout.title.subtitle.text  # the change, with its sign
+    change = 100 * result.chosen.change.value
+    assert f"{change:+.1f} points" in figure.layout.title.subtitle.text
+    assert "none of 20 random draws falls as far (p = 0.048)" in figure.layout.title.subtitle.text
 
 
 def test_an_ablation_of_one_head_has_no_row_of_single_heads() -> None:
@@ -142,7 +144,7 @@ def test_the_dose_curve_shows_curve_and_band() -> None:
     np.testing.assert_array_equal(chosen.x, result.ks)
     np.testing.assert_array_equal(chosen.y, [a.value for a in result.accuracy])
     np.testing.assert_array_equal(trace(figure, "random high").y, result.random_high)
-    np.testing.assert_array_equal(trace(figure, "95 % of 20 random draws").y, result.random_low)
+    np.testing.assert_array_equal(trace(figure, "95 % of up to 20 random draws").y, result.random_low)
     np.testing.assert_array_equal(trace(figure, "random heads, mean").y, result.random_mean)
 
 

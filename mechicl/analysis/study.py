@@ -8,17 +8,19 @@ other half)? And is it they who do it (each set switched off on that other half,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from mechicl.analysis.ablation import ALPHA, How, ablate, dose_curve, judge
+from mechicl.analysis.ablation import ablate, dose_curve
 from mechicl.analysis.effects import head_effects
 from mechicl.analysis.feed import provenance
 from mechicl.analysis.heads import attention_by_role, score_heads
 from mechicl.analysis.icl import icl_accuracy
 from mechicl.analysis.prompts import prompt_view
+from mechicl.analysis.switches import How
+from mechicl.analysis.verdict import ALPHA
 from mechicl.errors import EpisodeError, OptionError
 from mechicl.prompts.corrupt import permute_labels
 from mechicl.prompts.episode import Episode, check_episodes
@@ -98,16 +100,9 @@ def find_and_prove(
     if worth is not None:
         found.append(("most valuable", worth.name, *discover(worth, worth.name, threshold=worth_threshold(worth, threshold))))
     orders = {name: (worth if worth is not None and name == worth.name else scores.scores.get(name)) for _, name, _, _ in found}
+    control = Control(find, accuracy, how, n_random, common)
     sets = tuple(
-        _prove(
-            model,
-            prove,
-            HeadSet(kind, name, rule, heads, "none", "no head passes."),
-            orders[name],
-            accuracy,
-            {"how": how, **common},
-            n_random,
-        )
+        _prove(model, prove, HeadSet(kind, name, rule, heads, "none", ""), orders[name], control, _others(model, found, kind, heads))
         for kind, name, heads, rule in found
     )
     roles = attention_by_role(model, prove, **common)
@@ -158,22 +153,49 @@ def worth_threshold(worth: Score, threshold: float) -> float:
     return threshold * max(0.0, float(worth.value[top[0]])) if top else 0.0
 
 
-def _prove(
-    model: Any, prove: Sequence[Episode], found: HeadSet, order: Score | None, accuracy: ICLAccuracy, options: dict[str, Any], n_random: int
-) -> HeadSet:
-    """The set switched off on the other half; the dose curve runs over the set and a few heads beyond it, in the score's order."""
+@dataclass(frozen=True)
+class Control:
+    """What every ablation of a study shares: where means come from, the intact model's answers, how heads go off, how many random draws."""
+
+    reference: list[Episode]
+    intact: ICLAccuracy
+    how: How
+    n_random: int
+    common: dict[str, Any]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keywords of `ablate` and `dose_curve`."""
+        return {"how": self.how, "n_random": self.n_random, "intact": self.intact, "reference": self.reference, **self.common}
+
+
+def _prove(model: Any, prove: Sequence[Episode], found: HeadSet, order: Score | None, control: Control, spare: Sequence[Head]) -> HeadSet:
+    """The set switched off on the other half; the dose curve runs over the set and two heads beyond it, in the score's order."""
     if not found.heads or order is None:
-        return replace(found, verdict="No head passes its null, so there is nothing to switch off.")
-    ablation = ablate(model, prove, found.heads, n_random=n_random, intact=accuracy, **options)
-    finding, verdict = judge(ablation.chosen, ablation.singles, ablation.p_random)
+        return replace(found, verdict="no head passes its null, so there is nothing to switch off.")
+    ablation = ablate(model, prove, found.heads, spare=spare, **control.options)
     dose = None
-    if finding in ("redundant", "necessary"):
+    if ablation.finding in ("redundant", "necessary"):
         rest = [h for h in order.top(order.value.size) if h not in found.heads]
         ranking = [*found.heads, *rest][: max(1, order.value.size // 2)]
-        ks = doses(len(found.heads), len(ranking))
-        dose = dose_curve(model, prove, ranking, ks=ks, intact=accuracy, **options)
-        dose = replace(dose, ranked_by=found.score)
-    return replace(found, finding=finding, verdict=verdict, ablation=ablation, dose=dose)
+        name = found.score.replace("_", " ")
+        dose = dose_curve(
+            model,
+            prove,
+            ranking,
+            name,
+            ks=doses(len(found.heads), len(ranking)),
+            spare=[h for h in spare if h not in ranking],
+            **control.options,
+        )
+    return replace(found, finding=ablation.finding, verdict=ablation.verdict, ablation=ablation, dose=dose)
+
+
+def _others(model: Any, found: Sequence[tuple[str, str, tuple[Head, ...], str]], kind: str, heads: Sequence[Head]) -> list[Head]:
+    """Heads of the other kinds, which random draws leave out, so that a set is compared with heads of no known use; none where too few would be left."""
+    others = sorted({h for name, _, some, _ in found if name != kind for h in some} - set(heads))
+    left = model.cfg.n_layers * model.cfg.n_heads - len(others) - len(heads)
+    return others if left > len(heads) else []
 
 
 def doses(n_set: int, n_most: int, steps: int = 7) -> list[int]:

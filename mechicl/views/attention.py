@@ -51,8 +51,9 @@ class AttentionView:
         )
 
 
-def choose_positions(view: PromptView, limit: int = MAX_TOKENS) -> tuple[int, ...]:
-    """The token positions to draw when not all fit: first and last token, labels, then images (thinned evenly), questions, instruction, template.
+def choose_positions(view: PromptView, limit: int = MAX_TOKENS, heads: Sequence[Head] = ()) -> tuple[int, ...]:
+    """The token positions to draw when not all fit: first and last token, what the last token of any of `heads` reads (a twentieth of its attention or
+    more), labels, then images (thinned evenly), questions, instruction, template.
 
     Returns:
         At most `limit` positions in prompt order.
@@ -66,6 +67,10 @@ def choose_positions(view: PromptView, limit: int = MAX_TOKENS) -> tuple[int, ..
     if n <= limit:
         return tuple(range(n))
     chosen = {0, n - 1}
+    rows = [np.asarray(view.rows[h] if h in view.rows else view.patterns[h][-1]) for h in heads if h in view.rows or h in view.patterns]
+    read = np.max(rows, axis=0) if rows else np.zeros(n)
+    chosen |= set(np.argsort(-read, kind="stable")[: min(limit // 2, int((read >= 0.05).sum()))].tolist())
+    chosen = set(sorted(chosen, key=lambda p: (p not in (0, n - 1), -read[p]))[:limit])
     for rank in sorted(set(_PRIORITY.values())):
         group = [p for p in range(n) if p not in chosen and _PRIORITY.get(view.roles[p], 5) == rank]
         room = limit - len(chosen)
@@ -123,7 +128,7 @@ def attention_view(
             f"heads must have a pattern in the prompt view; got {missing or 'none'}, kept {sorted(view.patterns)}. Ask for them when it is made."
         )
     drawn = heads[:max_heads]
-    positions = choose_positions(view, max_tokens)
+    positions = choose_positions(view, max_tokens, drawn)
     at = np.asarray(positions)
     stack = []
     for head in drawn:
@@ -152,7 +157,7 @@ def _note(view: PromptView, positions: Sequence[int], heads: Sequence[Head], dra
     parts = ["Values are rounded to four digits."]
     if len(positions) < len(view.tokens):
         parts.append(
-            f"{len(positions)} of {len(view.tokens)} tokens are drawn (labels, pictures and questions first, the template's own left out), so the rows shown need not sum to one."
+            f"{len(positions)} of {len(view.tokens)} tokens are drawn (what the heads read from the last token, labels, pictures and questions first; the template's own left out), so the rows shown need not sum to one."
         )
     if len(drawn) < len(heads):
         parts.append(f"{len(drawn)} of {len(heads)} heads are drawn.")

@@ -53,6 +53,14 @@ def points(change: Estimate) -> str:
     return f"{100 * change.value:+.1f} points ({100 * change.low:+.1f} to {100 * change.high:+.1f})"
 
 
+def falls_as_far(result: Ablation) -> str:
+    """What the random control says: "none of 20 random draws falls as far (p = 0.048)"."""
+    if not result.random:
+        return "no random control"
+    draws, worse = len(result.random), sum(c.accuracy.value <= result.chosen.accuracy.value for c in result.random)
+    return f"{worse or 'none'} of {draws} random draws {'fall' if worse > 1 else 'falls'} as far (p = {result.p_random:.2g})"
+
+
 def _chance(chance: float, axis: str) -> tuple[Spec, Spec]:
     """The line of guessing among the candidates, with its word."""
     line: Spec = {"type": "line", "line": {"color": CHANCE, "width": 1.6, "dash": "dot"}}
@@ -62,7 +70,7 @@ def _chance(chance: float, axis: str) -> tuple[Spec, Spec]:
         note |= {"x": chance, "y": 1, "yref": "paper", "xanchor": "left", "yanchor": "bottom"}
     else:
         line |= {"y0": chance, "y1": chance, "x0": 0, "x1": 1, "xref": "paper"}
-        note |= {"x": 1, "y": chance, "xref": "paper", "xanchor": "right", "yanchor": "bottom"}
+        note |= {"x": 0, "y": chance, "xref": "paper", "xanchor": "left", "yanchor": "bottom"}
     return line, note
 
 
@@ -159,11 +167,13 @@ def ablation_rows(result: Ablation, *, singles: int = 12) -> Spec:
     line, note = _chance(result.intact.chance, "x")
     order = [str(y) for y in dict.fromkeys(y for trace in data for y in trace["y"])]
     c = result.chosen.change
+    listed = ", ".join(name(h) for h in result.chosen.heads[:8]) + (f" and {n_heads - 8} more" if n_heads > 8 else "")
+    control = falls_as_far(result)
     return {
         "data": data,
         "layout": {
-            "title": {"text": f"<b>What happens when the {n_heads} {plural} {'are' if n_heads > 1 else 'is'} switched off ({result.how})</b>",
-                      "subtitle": {"text": f"change {points(c)}; random heads fall as far with p = {result.p_random:.2g}; n = {result.n} episodes"}},
+            "title": {"text": f"<b>Accuracy without {'heads' if n_heads > 1 else 'head'} {listed}</b> ({result.how} ablation)",
+                      "subtitle": {"text": f"change {points(c)}; {control}; n = {result.n} episodes"}},
             "height": 160 + 34 * len(order),
             "xaxis": _PERCENT | {"title": {"text": "accuracy (right label among the candidates)"}, "zeroline": False},
             "yaxis": {"type": "category", "categoryorder": "array", "categoryarray": order[::-1], "ticks": ""},
@@ -182,7 +192,7 @@ def dose_lines(result: DoseCurve) -> Spec:
     band: list[Spec] = [
         {"type": "scatter", "mode": "lines", "x": ks, "y": result.random_high, "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip", "name": "random high"},
         {"type": "scatter", "mode": "lines", "x": ks, "y": result.random_low, "line": {"width": 0}, "fill": "tonexty", "fillcolor": "rgba(125,135,147,0.25)",
-         "name": f"95 % of {result.n_draws} random draws", "hoverinfo": "skip"},
+         "name": f"95 % of up to {result.n_draws} random draws", "hoverinfo": "skip"},
         {"type": "scatter", "mode": "lines", "x": ks, "y": result.random_mean, "line": {"color": RANDOM, "width": 2, "dash": "dash"}, "name": "random heads, mean",
          "hovertemplate": "%{x} random heads off: %{y:.1%}<extra></extra>"},
     ]  # fmt: skip

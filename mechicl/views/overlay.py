@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,9 @@ THUMBNAIL = 320
 
 PATTERN_BYTES = 1_500_000
 """What the whole patterns of one prompt may weigh in a page: with them any token can be asked where it reads from. Heads beyond it carry the last row."""
+
+FAINT = 0.02
+"""Attention of the brightest patch below which a row of pictures is not brightened further: nothing should not look like something."""
 
 _GLOW = (207, 90, 20)
 
@@ -83,7 +86,7 @@ class Card:
 class Strip:
     """A prompt ready to be drawn, with the attention that can be shown on it.
 
-    `data` is what the page's script reads: the heads' names and, base64 of little-endian uint16 in units of 1/65535, their patterns' rows.
+    `heads` are groups: (what they are called, their names). `data` is what the page's script reads: the heads' names and, base64 of little-endian uint16 in units of 1/65535, their patterns' rows.
     """
 
     episode: str
@@ -91,7 +94,7 @@ class Strip:
     predicted: str
     n_tokens: int
     cards: tuple[Card, ...]
-    heads: tuple[str, ...]
+    heads: tuple[tuple[str, tuple[str, ...]], ...]
     kinds: tuple[str, ...]
     data: dict[str, object]
 
@@ -200,10 +203,10 @@ def _uri(picture: Image.Image) -> str:
 
 
 def pictures(view: PromptView, rows: Sequence[np.ndarray] | None = None) -> tuple[Picture, ...]:
-    """Every picture of the prompt with its patches; with `rows` (one per picture) the attention each patch gets (`glow`: relative to the largest)."""
+    """Every picture of the prompt with its patches; with `rows` (one per picture) the attention each patch gets (`glow`: relative to the largest, at least `FAINT`)."""
     boxes = [view.image_boxes[k] if k < len(view.image_boxes) else {} for k in range(len(view.images))]
     shares = [{p: float(rows[k][p]) if rows is not None else 0.0 for p in box} for k, box in enumerate(boxes)]
-    top = max((v for share in shares for v in share.values()), default=0.0) or 1.0
+    top = max(FAINT, *(v for share in shares for v in share.values()), 0.0)
     out = []
     for k, (data, box, share) in enumerate(zip(view.images, boxes, shares, strict=True)):
         picture = open_picture(data)
@@ -238,21 +241,30 @@ def picture_grid(view: PromptView, heads: Sequence[Head], *, own_label: Collecti
     Args:
         view: The prompt.
         heads: Which heads, in order.
-        own_label: For these heads each picture is read by the tokens of its own example's label (their mean) where whole patterns are kept; the
-            query's pictures, and everything else, by the last token.
+        own_label: For these heads each picture is read by its own example's label (of its tokens and those that close its turn, the one that looks
+            most) where whole patterns are kept; the query's pictures, and everything else, by the last token.
     """
     out = []
     for head in heads:
         last = attention_row(view, head)
         rows, own = [last] * len(view.images), head in own_label and head in view.patterns
-        for k in range(len(view.images) if own else 0):
-            readers = [p for p, (s, role) in enumerate(zip(view.shots, view.roles, strict=True)) if role == "label" and s == _shot(view, k)]
-            if readers:
-                rows[k] = np.mean([attention_row(view, head, p) for p in readers], axis=0)
+        for k, box in enumerate(view.image_boxes if own else ()):
+            readers = [attention_row(view, head, p) for p in _own_readers(view, k)]
+            if readers and box:
+                rows[k] = max(readers, key=lambda row, box=box: float(sum(row[p] for p in box)))
         drawn = pictures(view, rows)
         top = max((p.share for q in drawn for p in q.patches), default=0.0)
         out.append(OverlayRow(name(head), "each picture read by its own label" if own else "read by the last token", top, drawn))
     return out
+
+
+def _own_readers(view: PromptView, image: int) -> list[int]:
+    """Tokens of the label of the picture's example and the template's tokens that close its turn, where chat models gather a label and its picture."""
+    shot = _shot(view, image)
+    label = [p for p, (s, role) in enumerate(zip(view.shots, view.roles, strict=True)) if role == "label" and s == shot]
+    after = label[-1] + 1 if label else 0
+    stop = next((p for p in range(after, len(view.roles)) if view.roles[p] != "glue"), len(view.roles))
+    return label + list(range(after, stop)) if label else []
 
 
 def _shown(text: str) -> str:
@@ -289,13 +301,14 @@ def _cards(view: PromptView) -> list[tuple[int, list[int]]]:
     return groups
 
 
-def strip(view: PromptView, heads: Sequence[Head] = ()) -> Strip:
-    """The whole prompt as cards, with the attention of `heads` for the page's script.
+def strip(view: PromptView, heads: Sequence[Head] | Mapping[str, Sequence[Head]] = ()) -> Strip:
+    """The whole prompt as cards, with the attention of `heads` (in groups with a name, if they have one) for the page's script.
 
     Raises:
         HeadIndexError: nothing was kept for a head.
         ImageError: a picture does not open.
     """
+    groups = heads if isinstance(heads, Mapping) else {"": heads}
     drawn = pictures(view)
     home = {patch.position: picture for picture in drawn for patch in picture.patches}
     cards: list[Card] = []
@@ -316,7 +329,8 @@ def strip(view: PromptView, heads: Sequence[Head] = ()) -> Strip:
         cards.append(Card(title, kind, label, tuple(pieces)))
     kinds = tuple(token_kind(view, p) for p in range(len(view.tokens)))
     return Strip(
-        view.episode, view.answer, view.predicted, len(view.tokens), tuple(cards), tuple(name(h) for h in heads), tuple(dict.fromkeys(kinds)), _payload(view, heads, kinds)
+        view.episode, view.answer, view.predicted, len(view.tokens), tuple(cards), tuple((group, tuple(name(h) for h in some)) for group, some in groups.items() if some),
+        tuple(dict.fromkeys(kinds)), _payload(view, list(dict.fromkeys(h for some in groups.values() for h in some)), kinds),
     )  # fmt: skip
 
 

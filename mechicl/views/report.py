@@ -117,7 +117,7 @@ def render_report(content: ReportContent) -> str:
         .render(
             title=title, command=content.command, study=study, headline=story.headline(study), summary=story.summary(study), tiles=story.top_line(study),
             learns=story.learns(study.accuracy), accuracy=_accuracy(study), overview=_overview(study), scores=_scores(study), roles=_roles(study),
-            strips=[(overlay.strip(view, [h for h in chosen if h in view.rows]), f"strip-{k}") for k, view in enumerate(prompts)],
+            strips=[(overlay.strip(view, _groups(study, chosen, view)), f"strip-{k}") for k, view in enumerate(prompts)], badge=story.badge,
             overlays=_overlays(study, prompts, chosen), overlay_words=story.about_overlay(), patterns=[v for v in views if v], sets=_sets(study), effects=_effects(study), growth=_growth(study),
             provenance=_provenance(study), definitions=story.DEFINITIONS, kinds=theme.ROLE_COLOURS, name=name,
             style=Markup(_static("style.css")), script=Markup(_static("script.js")), plotly=Markup(plots.javascript()),
@@ -137,6 +137,16 @@ def _chosen(study: Study, limit: int = 8) -> list[tuple[int, int]]:
     if not out:
         out = study.scores.top(next(iter(study.scores.scores)), 4)
     return out[:limit]
+
+
+def _groups(study: Study, chosen: list[tuple[int, int]], view: PromptView) -> dict[str, list[tuple[int, int]]]:
+    """The chosen heads under the name of the first kind that found them."""
+    out: dict[str, list[tuple[int, int]]] = {}
+    for head in chosen:
+        kind = next((s.kind for s in study.sets if head in s.heads), "")
+        if head in view.rows:
+            out.setdefault(kind, []).append(head)
+    return out
 
 
 def _block(
@@ -180,7 +190,8 @@ def _scores(study: Study) -> list[Block]:
     again = study.replication.to_frame()
     frame = frame.assign(value_on_other_episodes=again["value"].to_numpy()) if len(again) == len(frame) else frame
     out = []
-    for key, score in study.scores.scores.items():
+    first = [s.score for s in study.sets]
+    for key, score in sorted(study.scores.scores.items(), key=lambda item: first.index(item[0]) if item[0] in first else len(first)):
         figure = plots.plot(score, n_key_value_heads=study.scores.n_key_value_heads)
         part = frame.loc[frame["score"] == key].sort_values(by="value", ascending=False, kind="stable")
         out.append(_block(f"score-{len(out)}", key.replace("_", " "), figure, story.about_score(score), part))
@@ -231,7 +242,9 @@ def _overlays(study: Study, prompts: tuple[PromptView, ...], heads: list[tuple[i
     out = []
     for view in prompts[:1]:
         if any(view.image_boxes):
-            out.append({"view": view, "rows": overlay.picture_grid(view, [h for h in heads if h in view.rows][:6], own_label=own)})
+            rows = overlay.picture_grid(view, [h for h in heads if h in view.rows], own_label=own)
+            rows.sort(key=lambda row: -sum(p.share for p in row.pictures))
+            out.append({"view": view, "rows": rows[:6]})
     return out
 
 
@@ -249,7 +262,7 @@ def _patterns(view: PromptView, k: int, heads: list[tuple[int, int]]) -> dict[st
             "element": Markup(drawn.element),
             "blocks": [],
         }
-    positions = attention.choose_positions(view, 256)
+    positions = attention.choose_positions(view, 256, kept)
     blocks = []
     for head in kept[:4]:
         pattern = pd.DataFrame(
@@ -304,5 +317,6 @@ def _environment() -> jinja2.Environment:
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["json_script"] = _json
+    environment.filters["sentence"] = story.sentence
     environment.filters["round"] = lambda x, digits=2: f"{x:.{digits}f}"
     return environment

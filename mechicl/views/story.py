@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from mechicl.results import Ablation, DoseCurve, Estimate, Head, HeadSet, ICLAccuracy, RoleAttention, Score, Series, Study
+from mechicl.views.curves import falls_as_far
 from mechicl.views.grids import ALPHA, name, significant
 
 
@@ -117,9 +118,16 @@ def headline(study: Study) -> str:
         if not found:
             return f"{model} answers from the examples, but no head passes its null: this run does not say which heads do it."
         return f"{model} answers from the examples, and heads with the expected attention exist, but switching them off does not hurt more than random heads do: not proven."
-    total = len({h for s in proven for h in s.heads})
     kinds = " and ".join(f"{len(s.heads)} {s.kind} {'head' if len(s.heads) == 1 else 'heads'}" for s in proven)
-    return f"{model} answers from the examples, and {kinds} {'are' if total > 1 else 'is'} needed for it: without them the answers fail, without as many random heads they do not."
+    several = len({h for s in proven for h in s.heads}) > 1
+    first: Ablation = proven[0].ablation  # type: ignore[assignment]
+    fall = f"without the {proven[0].kind} heads accuracy falls from {_whole(first.intact.accuracy)} to {_whole(first.chosen.accuracy)}"
+    stays = f", without as many random heads it is {_whole(first.random_mean)}" if first.random else ""
+    return f"{model} answers from the examples, and {kinds} {'are' if several else 'is'} needed for it: {fall}{stays}."
+
+
+def _whole(estimate: Estimate) -> str:
+    return f"{100 * estimate.value:.0f}\u00a0%"
 
 
 def summary(study: Study) -> str:
@@ -137,33 +145,48 @@ def summary(study: Study) -> str:
 
 
 def set_sentence(found: HeadSet) -> str:
-    """One set of heads in a sentence or three."""
+    """One set of heads: which they are, and what may be said of them."""
     if not found.heads:
         return f"{found.kind.capitalize()}: {found.verdict}"
     start = f"{found.kind.capitalize()}: {len(found.heads)} {'head passes' if len(found.heads) == 1 else 'heads pass'} ({heads_in_words(found.heads)})."
-    if found.ablation is None:
-        return f"{start} {found.verdict}"
-    ab = found.ablation
-    proof = f"Off {'together ' if len(found.heads) > 1 else ''}({ab.how}): {percent(ab.chosen.accuracy)}, {points(ab.chosen.change)}"
-    if ab.random:
-        proof += f"; as many random heads off: {percent(ab.random_mean)} over {len(ab.random)} draws (as low as the set with p = {ab.p_random:.2g})"
-    return f"{start} {proof}. {found.verdict}"
+    return f"{start} {sentence(found.verdict)}"
+
+
+def against_random(ablation: Ablation) -> str:
+    """What the random control says: "random heads: 92.2 % on average; none of 20 random draws falls as far (p = 0.048)"."""
+    if not ablation.random:
+        return "no random control"
+    return f"random heads: {100 * ablation.random_mean.value:.1f}\u00a0% on average; {falls_as_far(ablation)}"
+
+
+def badge(found: HeadSet) -> str:
+    """The finding in a word or two. A large drop that the test cannot tell from nothing is too little data, not irrelevance."""
+    if found.finding == "irrelevant" and found.ablation is not None and found.ablation.chosen.change.value < -0.1:
+        return "too few prompts to say"
+    return {"none": "none found", "irrelevant": "not needed here"}.get(found.finding, found.finding)
 
 
 def top_line(study: Study) -> list[tuple[str, str, str]]:
     """The numbers on top of the page: (value, what it is, interval)."""
     a = study.accuracy
-    out = [("intact", a.accuracy)]
+    out: list[tuple[str, Estimate]] = [("intact", a.accuracy)]
+    spread: dict[str, str] = {}
     for s in study.sets:
         if s.ablation is not None and s.finding in ("redundant", "necessary"):
             out.append((f"{s.kind} heads off", s.ablation.chosen.accuracy))
             if s.ablation.random:
-                out.append((f"{len(s.heads)} random {'head' if len(s.heads) == 1 else 'heads'} off", s.ablation.random_mean))
+                drawn = [100 * c.accuracy.value for c in s.ablation.random]
+                words = f"{len(s.heads)} random {'head' if len(s.heads) == 1 else 'heads'} off"
+                out.append((words, s.ablation.random_mean))
+                spread[words] = f"{min(drawn):.1f} to {max(drawn):.1f} in {len(drawn)} draws"
             break
     if a.zero_shot is not None:
         out.append(("no examples", a.zero_shot))
     out += [(key, e) for key, e in study.controls.items()]
-    tiles = [(f"{100 * e.value:.1f} %", words, f"{100 * e.low:.1f} to {100 * e.high:.1f}, n = {e.n}") for words, e in out]
+    tiles = [
+        (f"{100 * e.value:.1f}\u00a0%", words, spread.get(words) or f"{100 * e.low:.1f} to {100 * e.high:.1f}, n = {e.n}")
+        for words, e in out
+    ]
     return [*tiles, (f"{100 * a.chance:.0f} %", "chance", "one of the candidates")]
 
 
@@ -231,11 +254,11 @@ def about_patterns(note: str) -> Words:
 def about_ablation(found: HeadSet) -> Words:
     ab: Ablation = found.ablation  # type: ignore[assignment]
     return Words(
-        f"Accuracy with the {found.kind} heads switched off, beside as many random heads (each dot a draw), each of the heads alone, and the controls. {found.verdict}",
+        f"Accuracy with the {found.kind} heads switched off, beside as many random heads (each dot a draw), each of the heads alone, and the controls.",
         "Switching off takes the model off its usual path: other heads can take over (the damage looks too small) or break (too large); compare zero, mean and "
         f"resample. An accuracy below chance means that wrong labels win, not that nothing is known. {sentence(ab.match_note)}",
         f"n = {ab.n} prompts not used to choose the heads; change {points(ab.chosen.change)}, paired bootstrap; McNemar p = {ab.chosen.mcnemar_p:.2g}; "
-        f"random control: {len(ab.random)} draws, p = {ab.p_random:.2g}.",
+        f"{against_random(ab)}.",
     )
 
 
@@ -277,7 +300,9 @@ DEFINITIONS: tuple[tuple[str, str], ...] = (
     ("switching off", "zero: the head's output is set to 0. mean: to its mean over prompts. resample: to its output on another prompt."),
     ("matched random heads", "as many other heads, from the same layers where these have heads left, else from the nearest."),
     ("redundant", "the set is needed, but every head of it alone can be spared. Single ablations would have missed it."),
-    ("irrelevant", "switching the set off does not hurt more than nothing, or not more than random heads."),
+    ("not needed here", "switching the set off does not lower the accuracy by the paired interval and the exact test. With a large drop that they cannot tell from nothing: too few prompts to say."),
+    ("unspecific", "accuracy falls without the set, but as many random heads can cost as much."),
+    ("close", "the template's tokens that end a label's turn; chat models gather a label and its picture there."),
     ("Wilson, paired bootstrap, McNemar", "95 % interval of a share; 95 % interval of a change on the same prompts, by resampling prompts; exact test of the answers that changed."),
     ("KV group", "heads that share keys and values (grouped-query attention)."),
 )  # fmt: skip
