@@ -336,3 +336,23 @@ def test_head_scores_agree_with_attention_read_by_hand() -> None:
         for item in range(shape.n_items - 1)
     ]
     assert float(scores["label to its item"][row, 0, 1]) == pytest.approx(sum(own) / len(own), abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", TRAINED[1:])
+def test_the_causal_story_repeats_in_every_family(family: str, tmp_path: Path) -> None:
+    """Minutes each: train an organism, find heads on one half of the episodes, switch them off on the other, beside random heads."""
+    import mechicl
+    from mechicl.analysis.study import find_and_prove
+    from mechicl.data import concepts
+
+    folder = train(family, preset="quick", out=tmp_path / family, threads=1, progress=False)
+    study = find_and_prove(mechicl.load(folder), concepts.draw(96, classes=4, shots=2, size=28, seed=77), progress=False)
+    assert study.accuracy.accuracy.value >= 0.75  # chance .25
+    assert study.accuracy.zero_shot is not None
+    assert study.accuracy.zero_shot.high < study.accuracy.accuracy.low
+    proofs = [one.ablation for one in study.sets if one.ablation is not None]
+    assert proofs, [one.verdict for one in study.sets]
+    worst = min(proofs, key=lambda proof: proof.chosen.accuracy.value)
+    assert worst.chosen.change.high < -0.2  # off, they cost a fifth of the answers at least, with certainty ...
+    assert worst.chosen.accuracy.value < worst.random_mean.value  # ... and more than as many other heads

@@ -7,7 +7,7 @@ is concatenation of lists. A test holds the result equal to the Renderer's own.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -127,23 +127,17 @@ def compile_skeleton(renderer: Renders, shape: Shape, closing: Tokens | None = N
     return Skeleton((*glue, tuple(closing)), tuple(slots))
 
 
-def strip_template(skeleton: Skeleton, image_id: int, special: Collection[int]) -> Skeleton:
-    """A prompt without its chat template: of each item the picture with the markers beside it, of each label the token before it and what ends it.
+def strip_template(skeleton: Skeleton, image_id: int) -> Skeleton:
+    """A prompt without its chat template: item, label, what ends a label, item, label, ...
 
-    Training on such rows is a shorter way to the same skill; they are never what a user's prompt looks like.
+    A label directly behind its item is where the circuit of repeated sequences (look at the token before; look for an equal one) already works, so
+    this is where a model learns to use it for pictures. Never what a user's prompt looks like.
     """
     closing = skeleton.glue[-1]
     pieces: list[Tokens] = []
     for k, piece in enumerate(skeleton.glue[:-1]):
-        role, _ = skeleton.slots[k]
-        kept: Tokens = closing if k and skeleton.slots[k - 1][0] == "label" else ()
-        where = [i for i, token in enumerate(piece) if token == image_id]
-        if where:
-            first, last = where[0], where[-1]
-            first -= first > 0 and piece[first - 1] in special
-            last += last + 1 < len(piece) and piece[last + 1] in special
-            kept += piece[first : last + 1]
-        pieces.append(kept + (piece[-1:] if role == "label" else ()))
+        behind_label = k > 0 and skeleton.slots[k - 1][0] == "label"
+        pieces.append((closing if behind_label else ()) + tuple(token for token in piece if token == image_id))
     return Skeleton((*pieces, closing), skeleton.slots)
 
 

@@ -73,51 +73,56 @@ TOLD = Shape(4, 2, size=28, instruction=INSTRUCTION, question=QUESTION)
 
 REPEATS = Probe("repeated sequences", None)
 WORDS = Probe("words 4 x 2", Shape(4, 2, size=0, words=True))
+LEAN_WORDS = Probe("bare words 4 x 2", Shape(4, 2, size=0, words=True, lean=True))
+LEAN_PICTURES = Probe("bare pictures 4 x 2", Shape(4, 2, size=28, lean=True), glyphs=0.0)
 PICTURES = Probe("pictures 4 x 2", TOLD, glyphs=0.0)
 MANY = Probe("pictures 8 x 1", replace(TOLD, n_classes=8, n_shots=1), glyphs=0.0)
 LARGE = Probe("larger pictures 4 x 2", replace(TOLD, size=56), glyphs=0.0)
 PENS = Probe("pen strokes 4 x 2", TOLD, glyphs=1.0)
 
 REPEAT = Choice(1.0, "repeat")
-WORDS_ONLY = Choice(1.0, n_classes=(2, 3, 4), n_shots=(1, 2), sizes=(0,))
+BARE_WORDS = Choice(0.75, n_classes=(2, 3, 4), n_shots=(1, 2, 3), sizes=(0,), lean=1.0)
 
 
 def demo(wide: int = 2800) -> Plan:
     """The bundled model's plan. `wide`: steps of the last stage."""
-    few = Choice(0.12, n_classes=(4,), n_shots=(2,), sizes=(0,), instructed=0.3)
-    both = Choice(0.13, n_classes=(4,), n_shots=(2,), sizes=(28,), words=(True,), instructed=0.3, lean=0.5)
-    seen = Choice(0.75, n_classes=(4,), n_shots=(2, 3), sizes=(28,), glyphs=0.3, instructed=0.5, lean=0.65)
+    few = Choice(0.10, n_classes=(4,), n_shots=(2,), sizes=(0,), lean=1.0)
+    both = Choice(0.10, n_classes=(4,), n_shots=(2,), sizes=(28,), words=(True,), lean=1.0)
+    seen = Choice(0.80, n_classes=(3, 4, 5), n_shots=(2, 3), sizes=(28,), glyphs=0.4, lean=1.0)
     everything = (
         Choice(0.02, "repeat"),
-        Choice(0.05, n_classes=(2, 4, 6, 8), n_shots=(1, 2, 3), sizes=(0,), instructed=0.5),
-        Choice(0.05, n_classes=(2, 4, 6), n_shots=(1, 2), sizes=(28, 56), words=(True,), instructed=0.5, lean=0.3),
-        Choice(0.32, n_classes=(3, 4, 5), n_shots=(2, 3), sizes=(28,), glyphs=0.4, instructed=0.7, lean=0.7),
-        Choice(0.18, n_classes=(6, 8), n_shots=(1,), sizes=(28,), glyphs=0.3, instructed=0.7, lean=0.5),
-        Choice(0.10, n_classes=(2, 3, 4, 6, 8), n_shots=(1, 2, 3, 4), sizes=(28,), glyphs=0.4, instructed=0.7, lean=0.4),
-        Choice(0.23, n_classes=(2, 4, 6, 8), n_shots=(1, 2), sizes=(56,), glyphs=0.3, instructed=0.7, lean=0.5),
+        Choice(0.05, n_classes=(2, 4, 6, 8), n_shots=(1, 2, 3), sizes=(0,), instructed=0.5, lean=0.2),
+        Choice(0.05, n_classes=(2, 4, 6), n_shots=(1, 2), sizes=(28, 56), words=(True,), instructed=0.5, lean=0.2),
+        Choice(0.32, n_classes=(3, 4, 5), n_shots=(2, 3), sizes=(28,), glyphs=0.5, instructed=0.7, lean=0.6),
+        Choice(0.18, n_classes=(6, 8), n_shots=(1,), sizes=(28,), glyphs=0.4, instructed=0.7, lean=0.5),
+        Choice(0.10, n_classes=(2, 3, 4, 6, 8), n_shots=(1, 2, 3, 4), sizes=(28,), glyphs=0.5, instructed=0.7, lean=0.4),
+        Choice(0.23, n_classes=(2, 4, 6, 8), n_shots=(1, 2), sizes=(56,), glyphs=0.4, instructed=0.7, lean=0.5),
         Choice(0.05, n_classes=(2, 4), n_shots=(1, 2), sizes=(84, 112), glyphs=0.3, instructed=0.7, lean=0.5),
     )
     return Plan(
         (
             Stage("repeated sequences", (REPEAT,), REPEATS, 0.95, 3000),
-            Stage("words", (WORDS_ONLY, Choice(0.25, "repeat")), WORDS, 0.97, 4000),
-            Stage("pictures", (few, both, seen), PICTURES, 0.90, 3000),
+            Stage("bare words", (BARE_WORDS, replace(REPEAT, weight=0.25)), LEAN_WORDS, 0.97, 4000),
+            Stage("bare pictures", (few, both, seen), LEAN_PICTURES, 0.90, 3000),
             Stage("everything", everything, PICTURES, 1.1, wide, decay=True, every=100),
         ),
-        growth=(REPEATS, WORDS, PICTURES, MANY, LARGE, PENS),
+        growth=(REPEATS, WORDS, LEAN_PICTURES, PICTURES, MANY, LARGE, PENS),
         heads=replace(PICTURES, n=48),
-        vision={"hidden_size": 96, "intermediate_size": 192},
+        vision={"hidden_size": 80, "intermediate_size": 160},
         tokens=3072,
         checkpoint_every=100,
     )
 
 
-def quick() -> Plan:
-    """Minutes: an organism that names pictures at one size in prompts of its chat template, for studies across families."""
-    wide = demo()
-    repeats, words, pictures, _ = wide.stages
-    settle = replace(pictures, name="settling", criterion=1.1, cap=400, decay=True, every=100)
-    return replace(wide, stages=(repeats, words, replace(pictures, criterion=0.85, cap=2000), settle), growth_points=12)
+def quick(settle: int = 600) -> Plan:
+    """Minutes: an organism that names pictures of one size in prompts of its chat template, for studies across families."""
+    long = demo()
+    mixed = (
+        Choice(0.1, n_classes=(2, 4), n_shots=(2,), sizes=(0,), instructed=0.5, lean=0.3),
+        Choice(0.9, n_classes=(3, 4, 5), n_shots=(2, 3), sizes=(28,), glyphs=0.3, instructed=0.7, lean=0.4),
+    )
+    last = Stage("settling", mixed, PICTURES, 1.1, settle, decay=True, every=100)
+    return replace(long, stages=(*long.stages[:3], last), growth_points=12)
 
 
 def micro() -> Plan:

@@ -118,8 +118,7 @@ class Bench:
         """The shape's skeleton, rendered the first time it is asked for."""
         if shape not in self.skeletons:
             skeleton = compile_skeleton(self.renderer, shape)
-            special = set(self.processor.tokenizer.all_special_ids)
-            self.skeletons[shape] = strip_template(skeleton, image_token(self.model.config), special) if shape.lean else skeleton
+            self.skeletons[shape] = strip_template(skeleton, image_token(self.model.config)) if shape.lean else skeleton
         return self.skeletons[shape]
 
     def work(self, choices: Sequence[Choice], step: int) -> Work:
