@@ -90,7 +90,8 @@ def test_heads_that_cost_no_more_than_random_ones_are_not_called_needed(episodes
     """The idle heads of layer 1 write constants that cancel: whichever goes, the rest drowns the answer."""
     planted = planted_induction(n_heads=8, renderer=RENDERER, n_ctx=32, seed=1)
     size = RENDERER.vocabulary.size
-    attn = planted.model.blocks[1].attn  # type: ignore[union-attr]
+    block: Any = planted.model.blocks[1]
+    attn = block.attn
     noise = torch.randn(size, generator=torch.Generator().manual_seed(0)) * 2
     idle = [head for layer, head in planted.idle if layer == 1]
     for head in idle:
@@ -268,9 +269,12 @@ def test_all_matched_sets_are_tried_where_there_are_few() -> None:
 
 
 def test_a_full_layer_is_matched_by_the_nearest_one_and_spared_heads_stay_out() -> None:
-    draws = matched_draws([(1, 0), (1, 1)], {0: 3, 1: 2, 2: 3, 3: 3}, 5, seed=0, spare=[(0, 2)])
-    assert {layer for drawn in draws.sets for layer, _ in drawn} == {0}
-    assert draws.sets == (((0, 0), (0, 1)),)
+    draws = matched_draws([(1, 0), (1, 1)], {0: 2, 1: 2, 2: 2, 3: 3}, 20, seed=0, spare=[(0, 1)])
+    near = [(0, 0), (2, 0), (2, 1)]  # both sides alike; layer 3 is farther
+    assert set(draws.sets) == set(combinations(near, 2))
+    assert draws.exhaustive
+    far = matched_draws([(1, 0)], {0: 1, 1: 1, 2: 0, 3: 3}, 20, seed=0, spare=[(0, 0)])
+    assert set(far.sets) == {((3, 0),), ((3, 1),), ((3, 2),)}
     nothing = matched_draws([(0, 0), (0, 1)], {0: 3}, 5, seed=0)
     assert nothing.sets == ()
     assert "1 heads are left" in nothing.note

@@ -1,5 +1,7 @@
 """The hand-wired network answers as it must, the untrained one does not, and both have the surface of every other model."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -44,7 +46,7 @@ def test_planted_heads_do_exactly_what_they_were_made_for() -> None:
 
 @pytest.mark.parametrize("positions", ["none", "learned", "rope"])
 @pytest.mark.parametrize("d_mlp", [None, 32])
-def test_left_padding_changes_nothing(positions: str, d_mlp: int | None) -> None:
+def test_left_padding_changes_nothing(positions: Any, d_mlp: int | None) -> None:
     model = untrained(positions=positions, d_mlp=d_mlp, norm=True)
     short, long = toy_episodes(1, classes=2)[0], toy_episodes(1, classes=4, shots=2)[0]
     alone = model(model.render([short]))

@@ -129,7 +129,7 @@ def test_zeroing_heads_is_zeroing_their_columns_of_the_output_projection(
     found = ablate(model, data, heads, n_random=2, batch_size=16, progress=False)
     cut, processor = build(request.node.callspec.params["pair"], preset="tiny", seed=3)
     size = model.cfg.d_head
-    decoder = cut.get_decoder()
+    decoder: Any = cut.get_decoder()
     for layer, head in heads:
         decoder.layers[layer].self_attn.o_proj.weight.data[:, head * size : (head + 1) * size] = 0
     expected = icl_accuracy(HookedVLM(cut, processor), data, zero_shot=False, progress=False)

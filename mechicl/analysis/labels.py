@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechicl.analysis.feed import Data, batches, labels_of, progress_bar
+from mechicl.analysis.feed import Data, batches, labels_of, progress_bar, take
 from mechicl.analysis.switches import Switches
 from mechicl.errors import NotFiniteError, OptionError
 from mechicl.prompts.batch import Batch
@@ -103,6 +103,7 @@ def label_logprobs(
     hooks: Hooks = (),
     names: Sequence[str] = (),
     wide: Batch | None = None,
+    share: bool = True,
 ) -> list[Answers]:
     """Score the candidates of every prompt, all in one forward pass.
 
@@ -114,6 +115,7 @@ def label_logprobs(
         hooks: (hook name, function), active during the pass.
         names: What to call the prompts in errors.
         wide: `widen(batch, n_blocks(batch, score))`, where the caller has it already.
+        share: Run each prompt once for all its candidates, where the model can; `hooks` then see prompts and candidates in two passes.
 
     Returns:
         One `Answers` per copy.
@@ -124,10 +126,11 @@ def label_logprobs(
     blocks = n_blocks(batch, score)
     wide = widen(batch, blocks) if wide is None else wide
     length = max(len(ids) for row in batch.candidate_ids for ids in row) if blocks > 1 else 1
-    positions = wide.query_pos[:, None] + torch.arange(length)
-    run = wide if copies == 1 else wide.repeat(copies)
     with model.hooks(fwd_hooks=list(hooks)):
-        logits: Tensor = model(run, positions=positions.clamp_max(wide.n_pos - 1).repeat(copies, 1))
+        logits = _shared(model, batch, blocks, copies) if share and blocks > 1 else None
+        if logits is None:
+            positions = (wide.query_pos[:, None] + torch.arange(length)).clamp_max(wide.n_pos - 1)
+            logits = model(wide if copies == 1 else wide.repeat(copies), positions=positions.repeat(copies, 1))
     found = []
     for copy in logits.split(batch.n * blocks):
         values = copy.float()
@@ -141,6 +144,24 @@ def label_logprobs(
             )
         found.append(_answers(batch, values, normaliser, blocks))
     return found
+
+
+def _shared(model: Any, batch: Batch, blocks: int, copies: int) -> Tensor | None:
+    """Logits [copies * blocks * batch, length, vocab] with every prompt run once; None where the model cannot."""
+    continue_prompts = getattr(model, "continue_prompts", None)
+    if continue_prompts is None:
+        return None
+    found = continue_prompts(batch, [[_ids(batch, i, j) for j in range(blocks)] for i in range(batch.n)], copies)
+    return None if found is None else found.flatten(0, 2)
+
+
+def _can_share(model: Any, data: Data) -> bool:
+    """Whether the model can run a prompt once for all its candidates, tried on the first one."""
+    if getattr(model, "continue_prompts", None) is None:
+        return False
+    batch = next(batches(model, take(data, [0]), 1))
+    blocks = n_blocks(batch, "full")
+    return blocks == 1 or _shared(model, batch, blocks, 1) is not None
 
 
 def _answers(batch: Batch, logits: Tensor, normaliser: Tensor, blocks: int) -> Answers:
@@ -227,7 +248,8 @@ def answer(
     """
     switches = switches or Switches.none()
     n, widest = len(data), max(len(row) for row in (data.candidates if isinstance(data, Batch) else [e.candidates for e in data]))
-    size = max(switches.least, batch_size // (widest if score != "first_token" else 1), 1)
+    share = switches.shareable and score != "first_token" and _can_share(model, data)
+    size = max(switches.least, batch_size // (1 if share or score == "first_token" else widest), 1)
     found: list[list[Answers]] = [[] for _ in switches.sets]
     keys, reasons, seen = [], [], 0
     n_parts = max(1, min(-(-n // size), n // switches.least))
@@ -235,12 +257,14 @@ def answer(
     for batch in batches(model, data, size, least=switches.least):
         blocks = n_blocks(batch, score)
         wide = widen(batch, blocks)
-        together = max(1, batch_size // wide.n)
+        together = max(1, batch_size // (batch.n if share else wide.n))
         switches.see(model, wide, blocks)
         for start in range(0, len(switches.sets), together):
             group = range(start, min(start + together, len(switches.sets)))
-            hooks = switches.hooks(group, wide.n)
-            some = label_logprobs(model, batch, score=score, copies=len(group), hooks=hooks, names=names[seen : seen + batch.n], wide=wide)
+            hooks = switches.hooks(group)
+            some = label_logprobs(
+                model, batch, score=score, copies=len(group), hooks=hooks, names=names[seen : seen + batch.n], wide=wide, share=share
+            )
             for k, one in zip(group, some, strict=True):
                 found[k].append(one)
             bar.update(len(group))

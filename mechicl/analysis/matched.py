@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,34 +19,37 @@ class Draws:
     note: str
 
 
+TRIES = 400
+"""Draws per set wanted, before it is concluded that there are no more sets: of n equally likely ones each is then missed once in e^400."""
+
 Pool = Mapping[int, Sequence[int]]
 """Layer -> heads that may be drawn."""
 
 
-def quotas(chosen: Sequence[Head], pool: Pool) -> tuple[dict[int, int], int]:
-    """How many heads to draw from each layer.
-
-    A layer gives as many as were chosen in it, as far as it has heads left; what is missing comes from the nearest layers (the lower of two).
+def one_draw(chosen: Sequence[Head], pool: Pool, generator: np.random.Generator) -> tuple[tuple[Head, ...], int]:
+    """One random set: for each chosen head a head of its own layer, or of the nearest layers (on both sides) that have one left.
 
     Returns:
-        Layer -> number, and how many heads come from another layer; an empty mapping where too few heads are left altogether.
+        The set, and how many of its heads come from another layer. Both are empty where too few heads are left altogether.
     """
-    left = {layer: len(heads) for layer, heads in pool.items()}
-    taken: Counter[int] = Counter()
-    moved = []
-    for layer, n in sorted(Counter(layer for layer, _ in chosen).items()):
-        own = min(n, left.get(layer, 0))
-        taken[layer] += own
-        left[layer] = left.get(layer, 0) - own
-        moved += [layer] * (n - own)
+    left = {layer: [int(h) for h in generator.permutation(list(heads))] for layer, heads in pool.items()}
+    found: list[Head] = []
+    moved = [home for home, _ in chosen if not _take(home, left, found)]
     for home in moved:
-        near = [layer for layer, n in left.items() if n > 0]
-        if not near:
-            return {}, len(moved)
-        layer = min(near, key=lambda at: (abs(at - home), at))
-        taken[layer] += 1
-        left[layer] -= 1
-    return {layer: n for layer, n in taken.items() if n}, len(moved)
+        distances = sorted({abs(layer - home) for layer, heads in left.items() if heads})
+        if not distances:
+            return (), 0
+        near = [layer for layer, heads in left.items() for _ in heads if abs(layer - home) == distances[0]]
+        _take(near[int(generator.integers(len(near)))], left, found)
+    return tuple(sorted(found)), len(moved)
+
+
+def _take(layer: int, left: dict[int, list[int]], found: list[Head]) -> bool:
+    """Move a head of the layer from `left` to `found`, if there is one."""
+    if not left.get(layer):
+        return False
+    found.append((layer, left[layer].pop()))
+    return True
 
 
 def matched_draws(chosen: Sequence[Head], heads: Mapping[int, int], n: int, *, seed: int, spare: Sequence[Head] = ()) -> Draws:
@@ -69,20 +69,17 @@ def matched_draws(chosen: Sequence[Head], heads: Mapping[int, int], n: int, *, s
         return Draws((), False, "no random control was asked for")
     taken = {*chosen, *spare}
     pool = {layer: [h for h in range(size) if (layer, h) not in taken] for layer, size in heads.items()}
-    from_layer, moved = quotas(chosen, pool)
-    if not from_layer:
+    generator = np.random.default_rng(seed)
+    found: dict[tuple[Head, ...], None] = {}
+    moved = 0
+    for _ in range(TRIES * n):
+        one, moved = one_draw(chosen, pool, generator)
+        if not one or len(found) == n:
+            break
+        found[one] = None
+    if not found:
         remain = sum(len(some) for some in pool.values())
         return Draws((), False, f"no random control: {remain} heads are left beside the {len(taken)} chosen or spared ones")
-    possible = math.prod(math.comb(len(pool[layer]), k) for layer, k in from_layer.items())
-    generator = np.random.default_rng(seed)
-    if possible <= 4 * n:
-        every = list(_all(pool, from_layer))
-        found = dict.fromkeys(every[i] for i in generator.permutation(len(every))[:n])
-    else:
-        found = {}
-        while len(found) < n:
-            one = ((layer, pool[layer][i]) for layer, k in from_layer.items() for i in generator.choice(len(pool[layer]), k, replace=False))
-            found[tuple(sorted(one))] = None
     notes = (
         [f"{moved} of {len(chosen)} heads of each draw come from the nearest other layers, because their own has no more heads"]
         if moved
@@ -91,10 +88,3 @@ def matched_draws(chosen: Sequence[Head], heads: Mapping[int, int], n: int, *, s
     if len(found) < n:
         notes.append(f"only {len(found)} matched sets exist, {n} were asked for: all were tried")
     return Draws(tuple(found), len(found) < n, "; ".join(notes))
-
-
-def _all(pool: Pool, from_layer: Mapping[int, int]) -> Iterator[tuple[Head, ...]]:
-    """Every set there is."""
-    layers = [[tuple((layer, h) for h in some) for some in itertools.combinations(pool[layer], k)] for layer, k in from_layer.items()]
-    for parts in itertools.product(*layers):
-        yield tuple(sorted(itertools.chain.from_iterable(parts)))

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from mechicl.analysis.statistics import outlier_p, permutation_p
 
-FLOOR = 1e-12
-"""Attention below it counts as this much when logs are taken."""
+FLOOR = 0.05
+"""Attention below this share of the uniform counts as this much when logs are taken: between nothing and next to nothing there is no difference
+that matters, but in logs it would be a large one, and a head that reads one place only would be lost in it."""
 
 TOLERANCE = 1e-6
 """Two scores closer than this are one: sums of float32 attention differ by as much from the order of addition."""
@@ -100,15 +101,21 @@ def _flat(mass: Tensor) -> Tensor:
     return mass.nan_to_num().permute(0, 2, 1).reshape(-1, mass.shape[1])
 
 
-def place_null(own: np.ndarray, others: np.ndarray, mean: np.ndarray, *, lift: float = 1.0) -> Null:
+def logs(attention: np.ndarray, uniform: float) -> np.ndarray:
+    """Log attention per token, floored."""
+    return np.log(np.maximum(attention, FLOOR * uniform))
+
+
+def place_null(own: np.ndarray, others: np.ndarray, mean: np.ndarray, *, uniform: float, lift: float = 1.0) -> Null:
     """Is `own` more than `lift` times what the like places give? See `statistics.outlier_p`.
 
     Args:
         own: Attention per token [reader, layer, head], averaged over episodes.
         others: The same for the other places, [reader, place, layer, head], NaN where there is none.
         mean: What the score would be if the tokens read any other place instead, [layer, head].
+        uniform: Attention per token of a head that looks everywhere alike.
         lift: 1 is the plain test.
     """
-    p, ratio = outlier_p(np.log(np.maximum(own, FLOOR) / lift), np.log(np.maximum(others, FLOOR)))
+    p, ratio = outlier_p(logs(own, uniform) - np.log(lift), logs(others, uniform))
     blank = np.where(np.isnan(own).all(0), np.nan, 1.0)
     return Null(mean * blank, np.minimum(mean * ratio, 1.0) * blank, p * blank)

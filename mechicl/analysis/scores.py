@@ -17,7 +17,7 @@ from mechicl.analysis.measures import (
     induction_weights,
     tila_weights,
 )
-from mechicl.analysis.nulls import FLOOR, Null, place_null, shuffled_null, shuffles
+from mechicl.analysis.nulls import Null, logs, place_null, shuffled_null, shuffles
 from mechicl.analysis.reading import Reading
 from mechicl.analysis.statistics import difference_p
 
@@ -84,6 +84,7 @@ class Scorer:
     def __init__(self, reading: Reading, *, n_null: int, seed: int, k_back: int, lift: float) -> None:
         self.reading, self.where, self.n_null, self.seed, self.k, self.lift = reading, reading.layout, n_null, seed, k_back, lift
         self.shape = reading.total.shape
+        self.uniform = float(1 / reading.layout.n_real.double().mean())
 
     def score(self, name: str) -> Iterator[tuple[str, Raw]]:
         """(name, score) of one of `SCORES`, and of its modality pairs where the data mix them."""
@@ -116,12 +117,12 @@ class Scorer:
             return self._raw(name, both[..., 0], Null(mean, blank, blank), "attention to any other place (no test: see previous_token)")
         k = self.k if name == "k_back" else 1
         offsets = np.moveaxis(_mean(self.reading.offsets), -1, 0)
-        null = place_null(offsets[k - 1][None], np.delete(offsets, k - 1, axis=0)[None], mean, lift=self.lift)
+        null = place_null(offsets[k - 1][None], np.delete(offsets, k - 1, axis=0)[None], mean, uniform=self.uniform, lift=self.lift)
         return self._raw(name, both[..., 0], null, OFFSETS)
 
     def _sink(self) -> Raw:
         starts = np.moveaxis(_mean(self.reading.starts), -1, 0)
-        null = place_null(starts[:1], starts[1:][None], _mean(self.reading.sink[..., 1]), lift=self.lift)
+        null = place_null(starts[:1], starts[1:][None], _mean(self.reading.sink[..., 1]), uniform=self.uniform, lift=self.lift)
         return self._raw("sink", self.reading.sink[..., 0], null, "the same tokens' attention to the tokens after the first")
 
     def _tla(self) -> Raw:
@@ -133,7 +134,7 @@ class Scorer:
         )
         per_label = _density(labels, where.label_tokens)
         per_item = _density(items, (where.image_tokens + where.text_tokens)[:, :s])
-        p, ratio = difference_p(np.log(np.maximum(per_label, FLOOR) / self.lift), np.log(np.maximum(per_item, FLOOR)))
+        p, ratio = difference_p(logs(per_label, self.uniform) - np.log(self.lift), logs(per_item, self.uniform))
         mean = _mean(per_item) * float(where.label_tokens.sum(1).double().mean())
         null = Null(mean, np.minimum(mean * ratio, 1.0), p)
         return self._raw("tla", labels.sum(-1), null, "the exemplars' items, as many tokens of them")
@@ -232,7 +233,7 @@ class Scorer:
         tokens = (self.where.image_tokens + self.where.text_tokens)[:, :s]
         per_item = float(tokens.sum()) / max(1, int((tokens > 0).sum()))
         mean = _mean(others.reshape(s * s, *others.shape[2:])) * per_item
-        return place_null(own[1:], others[1:], mean, lift=self.lift)
+        return place_null(own[1:], others[1:], mean, uniform=self.uniform, lift=self.lift)
 
     # -- modalities
 

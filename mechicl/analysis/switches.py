@@ -69,6 +69,11 @@ class Switches:
         """Fewest prompts of a batch."""
         return 2 if self.how == "resample" else 1
 
+    @property
+    def shareable(self) -> bool:
+        """Whether prompts may run apart from their candidates: not when other prompts' outputs were read with candidates behind them."""
+        return self.how != "resample"
+
     def _layers(self) -> list[int]:
         return sorted({layer for one in self.sets for layer, _ in one})
 
@@ -92,21 +97,21 @@ class Switches:
 
         return keep
 
-    def hooks(self, group: Sequence[int], rows: int) -> list[tuple[str, Callable[..., Tensor]]]:
-        """Hooks for a pass in which copy k of the `rows` prompts has set group[k] switched off."""
+    def hooks(self, group: Sequence[int]) -> list[tuple[str, Callable[..., Tensor]]]:
+        """Hooks for a pass in which copy k of the prompts has set group[k] switched off."""
         found = []
         for layer in self._layers():
             heads = [[head for at, head in self.sets[k] if at == layer] for k in group]
             if any(heads):
-                found.append((z_name(layer), self._switch(layer, heads, rows)))
+                found.append((z_name(layer), self._switch(layer, heads)))
         return found
 
-    def _switch(self, layer: int, heads: list[list[int]], rows: int) -> Callable[..., Tensor]:
+    def _switch(self, layer: int, heads: list[list[int]]) -> Callable[..., Tensor]:
         def switch(z: Tensor, *, hook: Any) -> Tensor:
             off = torch.zeros(len(heads), z.shape[2], dtype=torch.bool, device=z.device)
             for copy, some in enumerate(heads):
                 off[copy, some] = True
-            off = off.repeat_interleave(rows, 0)[:, None, :, None]
+            off = off.repeat_interleave(len(z) // len(heads), 0)[:, None, :, None]  # prompts, or prompts times candidates
             if self.how == "zero":
                 return z.masked_fill(off, 0.0)
             if self.how == "mean":
