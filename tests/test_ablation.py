@@ -155,7 +155,7 @@ def test_mean_ablation_writes_the_mean_at_every_position_of_these_heads_only(epi
     def look(z: Tensor, *, hook: Any) -> None:
         seen[hook.name] = z
 
-    hooks = [*switches.hooks(range(2), 3), ("blocks.0.attn.hook_z", look), ("blocks.1.attn.hook_z", look)]
+    hooks = [*switches.hooks(range(2)), ("blocks.0.attn.hook_z", look), ("blocks.1.attn.hook_z", look)]
     model.run_with_hooks(batch.repeat(2), fwd_hooks=hooks)
     z0, z1 = seen["blocks.0.attn.hook_z"], seen["blocks.1.attn.hook_z"]
     assert torch.equal(z0[:3, :, 1], switches.means[0][1].expand(3, batch.n_pos, -1))

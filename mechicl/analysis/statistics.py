@@ -165,9 +165,8 @@ def outlier_p(own: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarr
     spans) that the same tokens could have read. Logs of attention are near normal in a network that has learnt nothing, which gives Student's
     prediction interval: t = (own - mean(others)) / (s sqrt(1 + 1/m)).
 
-    Several readers are compared each with its own others: the differences are averaged, the spread pooled within readers, and nothing is gained
-    from the number of readers, neither in the spread nor in the degrees of freedom (those of the reader with most places), because all may share one
-    preference (for the nearest place, say).
+    Several readers are compared each with its own others: the differences are averaged, the spread pooled within readers, and the mean is taken to
+    spread as much as a single difference, because all readers may share one preference (for the nearest place, say).
 
     Args:
         own: Log attention [reader, ...].
@@ -184,11 +183,11 @@ def outlier_p(own: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarr
     mean = np.where(known, others, 0.0).sum(1) / np.maximum(m, 1)
     squares = (np.where(known, others - mean[:, None], 0.0) ** 2).sum((0, 1))
     has = (m > 0) & ~np.isnan(own)
-    readers, freedom, dof = has.sum(0), np.maximum(m - 1, 0).sum(0), np.maximum(m - 1, 0).max(0, initial=0)
+    readers, dof = has.sum(0), np.maximum(m - 1, 0).sum(0)
     with np.errstate(invalid="ignore", divide="ignore"):
         difference = np.where(has, own - mean, 0.0).sum(0) / readers
         factor = np.where(has, 1 + 1 / np.maximum(m, 1), 0.0).sum(0) / readers
-        spread = np.sqrt(squares / freedom * factor)
+        spread = np.sqrt(squares / dof * factor)
     return _student(difference, spread, dof, (dof >= 1) & (readers >= 1), stats)
 
 
