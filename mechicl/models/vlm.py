@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from mechicl.models.anatomy import Anatomy, inspect
 from mechicl.models.check import check_parity
 from mechicl.models.families import check_inputs, family_of, image_token_id
 from mechicl.models.hooked import Hooked, HookedConfig, HookPoint, RowReducer
+from mechicl.models.prefix import can_continue, continue_prompts
 from mechicl.models.probe import probe_inputs
 from mechicl.models.rows import collect_rows
 from mechicl.models.weights import AttentionWeights, Weights
@@ -69,6 +70,8 @@ class HookedVLM(Weights, Hooked):
         self.family = family_of(hf.config)
         self.hf, self.processor, self.revision = hf.eval(), processor, revision
         self._image_mask: Tensor | None = None
+        self._continues: bool | None = None
+        self._deaf = False
         inputs = self._to_device(probe_inputs(hf, processor, pictures=not self.family.image_tokens))
         anatomy, _ = inspect(hf, lambda: hf(**inputs, use_cache=False))
         self.anatomy: Anatomy = anatomy
@@ -208,7 +211,7 @@ class HookedVLM(Weights, Hooked):
         token = image_token_id(self.hf.config)
         self._image_mask = None if token is None else inputs["input_ids"] == token
         try:
-            with Wiring(self, self.anatomy, lambda: self._image_mask).connected(handlers):
+            with nullcontext() if self._deaf else Wiring(self, self.anatomy, lambda: self._image_mask).connected(handlers):
                 yield
         finally:
             self._image_mask = None
@@ -260,6 +263,22 @@ class HookedVLM(Weights, Hooked):
         inputs = self.inputs(batch)
         positions = self._positions(batch, inputs, dest)
         return collect_rows(self, inputs, positions, layers=layers, reduce=reduce)
+
+    def continue_prompts(self, batch: Batch, tokens: Sequence[Sequence[Sequence[int]]], copies: int = 1) -> Tensor | None:
+        """Logits along several continuations of every prompt, the prompt run once; None where this family cannot. See `mechicl.models.prefix`."""
+        if self._continues is None:
+            with self.hooks_off():
+                self._continues = can_continue(self, batch, tokens)
+        return continue_prompts(self, batch, tokens, copies) if self._continues else None
+
+    @contextmanager
+    def hooks_off(self):
+        """No hook point listens inside the block; those that did listen again afterwards."""
+        wired, self._deaf = self._deaf, True
+        try:
+            yield
+        finally:
+            self._deaf = wired
 
     @torch.no_grad()
     def generate(self, batch: Batch | Mapping[str, Any], *, max_new_tokens: int = 16, **kwargs: Any) -> Tensor:

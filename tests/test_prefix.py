@@ -1,0 +1,61 @@
+"""Continuations scored from one run of the prompt equal those scored the long way, in every family that says it can, hooks included."""
+
+import pytest
+import torch
+
+from mechicl.models.prefix import continue_prompts
+from mechicl.models.probe import picture
+from mechicl.models.vlm import HookedVLM
+from mechicl.prompts.episode import Episode, Shot
+from mechicl.training.organisms import FAMILIES, build
+
+EPISODES = [
+    Episode(
+        shots=(Shot("daxo", (picture((56, 56), k),)), Shot("blicketo", (picture((56, 56), k + 1),))),
+        query=Shot("daxo", (picture((56, 56), k + 2),)), candidates=("daxo", "blicketo", "wu"), question="What is this?" * (1 + k), id=str(k),
+    )
+    for k in range(2)
+]  # fmt: skip
+
+
+def long_way(model: HookedVLM, batch, tokens) -> torch.Tensor:
+    wide = batch.repeat(3).append([tokens[i][j][:-1] for j in range(3) for i in range(2)])
+    width = max(len(t) for row in tokens for t in row)
+    with torch.no_grad():
+        return model(wide, positions=(wide.query_pos[:, None] + torch.arange(width)).clamp_max(wide.n_pos - 1)).reshape(3, 2, width, -1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_ways_agree_with_and_without_a_head_off(family: str) -> None:
+    model = HookedVLM(*build(family, preset="tiny"), check=False)
+    batch = model.render(EPISODES)
+    tokens = batch.candidate_ids
+    short = model.continue_prompts(batch, tokens, 2)
+    if short is None:
+        assert family in ("paligemma", "paligemma2", "mllama"), "a family that could be continued no longer can"
+        return
+
+    def off(z: torch.Tensor, hook: object) -> torch.Tensor:
+        return torch.cat([torch.zeros_like(z[:, :, :2]), z[:, :, 2:]], 2)
+
+    hook = [(f"blocks.{model.cfg.n_layers - 2}.attn.hook_z", off)]
+    with model.hooks(fwd_hooks=hook):
+        without = model.continue_prompts(batch, tokens, 2)
+        want_without = long_way(model, batch, tokens)
+    want = long_way(model, batch, tokens)
+    assert (want - want_without).abs().max() > 1e-3
+    for j in range(3):
+        for i in range(2):
+            n = len(tokens[i][j])
+            for copy in range(2):
+                # float32 attention with and without a cache: a few roundings
+                assert (short[copy, j, i, :n] - want[j, i, :n]).abs().max() <= 1e-4 * want.abs().max()
+                assert (without[copy, j, i, :n] - want_without[j, i, :n]).abs().max() <= 1e-4 * want.abs().max()
+
+
+def test_a_model_that_cannot_take_up_its_cache_is_scored_the_long_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = HookedVLM(*build("llava", preset="tiny"), check=False)
+    batch = model.render(EPISODES)
+    right = continue_prompts
+    monkeypatch.setattr("mechicl.models.prefix.continue_prompts", lambda *args: right(*args).roll(1, -1))
+    assert model.continue_prompts(batch, batch.candidate_ids) is None
