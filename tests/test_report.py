@@ -243,7 +243,10 @@ def test_where_nothing_is_found_the_page_says_so() -> None:
     learner = replace(study, accuracy=samples.accuracy(0.95))
     assert "no head passes its null: this run does not say which heads do it" in story.headline(learner)
     harmless = HeadSet("induction", "induction", "rule", samples.INDUCTION, "irrelevant", "Costs nothing.", samples.ablation(after=0.95))
-    assert "not proven" in story.headline(replace(learner, sets=(harmless,)))
+    assert "none is proven: without the induction heads accuracy goes from" in story.headline(replace(learner, sets=(harmless,)))
+    assert story.headline(replace(learner, sets=(harmless,))).endswith("which is no loss.")
+    shared = HeadSet("induction", "induction", "rule", samples.INDUCTION, "unspecific", "So do random heads.", samples.ablation())
+    assert story.headline(replace(learner, sets=(harmless, shared))).endswith("but as many random heads can cost as much.")
 
 
 def test_a_large_drop_that_the_test_cannot_see_is_not_called_irrelevance() -> None:

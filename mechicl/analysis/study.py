@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import comb
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from mechicl.analysis.heads import attention_by_role, score_heads
 from mechicl.analysis.icl import icl_accuracy
 from mechicl.analysis.prompts import prompt_view
 from mechicl.analysis.switches import How
-from mechicl.analysis.verdict import ALPHA
+from mechicl.analysis.verdict import ALPHA, LEAST_CENSUS
 from mechicl.errors import EpisodeError, OptionError
 from mechicl.prompts.corrupt import permute_labels
 from mechicl.prompts.episode import Episode, check_episodes
@@ -96,15 +97,21 @@ def find_and_prove(
     permuted = icl_accuracy(model, shuffled, zero_shot=False, **common)
     every = effects if effects is not None else model.cfg.n_layers * model.cfg.n_heads <= MANY_HEADS
     worth = head_effects(model, find, how=how, **common) if every else None
-    found = [(kind, name, *discover(scores.scores.get(name), name, threshold=threshold)) for kind, name in KINDS]
+    pictures = any(episode.images for episode in episodes)
+    kinds = [(kind if pictures else kind.replace("image", "item"), name) for kind, name in KINDS]
+    found = [(kind, name, *discover(scores.scores.get(name), name, threshold=threshold)) for kind, name in kinds]
     if worth is not None:
         found.append(("most valuable", worth.name, *discover(worth, worth.name, threshold=worth_threshold(worth, threshold))))
     orders = {name: (worth if worth is not None and name == worth.name else scores.scores.get(name)) for _, name, _, _ in found}
     control = Control(find, accuracy, how, n_random, common)
-    sets = tuple(
-        _prove(model, prove, HeadSet(kind, name, rule, heads, "none", ""), orders[name], control, _others(model, found, kind, heads))
-        for kind, name, heads, rule in found
-    )
+    sets: list[HeadSet] = []
+    for kind, name, heads, rule in found:
+        known = next((s for s in sets if heads and set(s.heads) == set(heads)), None)  # the same heads by another name are not run again
+        empty = HeadSet(kind, name, rule, heads, "none", "")
+        spare = _others(model, found, kind, heads)
+        sets.append(
+            replace(known, kind=kind, score=name, rule=rule) if known else _prove(model, prove, empty, orders[name], control, spare)
+        )
     roles = attention_by_role(model, prove, **common)
     drawn = list(dict.fromkeys(h for s in sets for h in s.heads[:4])) or scores.top("induction", 4)
     options = {
@@ -115,7 +122,7 @@ def find_and_prove(
         "examples": len(episodes[0].shots),
     }
     return Study(
-        scores=scores, replication=replication, accuracy=accuracy, controls={"labels permuted": permuted.accuracy}, sets=sets, roles=roles,
+        scores=scores, replication=replication, accuracy=accuracy, controls={"labels permuted": permuted.accuracy}, sets=tuple(sets), roles=roles,
         prompts=_prompts(model, prove[:n_prompts], drawn, accuracy, task), growth=growth, n_find=scores.n, n_prove=accuracy.n,
         provenance=provenance(model, task=task, seed=seed, options=options), notes=tuple(dict.fromkeys((*scores.notes, *_notes(scores.n, replication)))), effects=worth,
     )  # fmt: skip
@@ -192,13 +199,20 @@ def _prove(model: Any, prove: Sequence[Episode], found: HeadSet, order: Score | 
 
 
 def _others(model: Any, found: Sequence[tuple[str, str, tuple[Head, ...], str]], kind: str, heads: Sequence[Head]) -> list[Head]:
-    """Heads of the other kinds, which random draws leave out, so that a set is compared with heads of no known use; none where too few would be left."""
-    others = sorted({h for name, _, some, _ in found if name != kind for h in some} - set(heads))
-    left = model.cfg.n_layers * model.cfg.n_heads - len(others) - len(heads)
-    return others if left > len(heads) else []
+    """Heads of the other kinds, which random draws leave out, so that a set is compared with heads of no known use.
+
+    Where too few would be left for `LEAST_CENSUS` different draws, only the heads found by attention are left out; where that is still too many, none.
+    """
+    all_heads = model.cfg.n_layers * model.cfg.n_heads
+    by_attention = {score for _, score in KINDS}
+    for scores in ({score for _, score, _, _ in found}, by_attention):
+        others = sorted({h for name, score, some, _ in found if name != kind and score in scores for h in some} - set(heads))
+        if comb(all_heads - len(others) - len(heads), len(heads)) >= LEAST_CENSUS:
+            return others
+    return []
 
 
-def doses(n_set: int, n_most: int, steps: int = 7) -> list[int]:
+def doses(n_set: int, n_most: int, steps: int = 6) -> list[int]:
     """How many heads go off: none, then up to two beyond the set, every number while these are few."""
     last = min(n_set + 2, n_most)
     if last < steps:

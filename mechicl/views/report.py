@@ -238,7 +238,7 @@ def _growth(study: Study) -> Block | None:
 
 def _overlays(study: Study, prompts: tuple[PromptView, ...], heads: list[tuple[int, int]]) -> list[dict[str, Any]]:
     """The first prompt's pictures under each chosen head; nothing for families without image tokens."""
-    own = {h for s in study.sets if s.kind == "label-to-image" for h in s.heads}
+    own = {h for s in study.sets if s.score == "ila" for h in s.heads}
     out = []
     for view in prompts[:1]:
         if any(view.image_boxes):

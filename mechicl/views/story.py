@@ -112,18 +112,39 @@ def headline(study: Study) -> str:
     model = study.provenance.model
     if not learns(study.accuracy):
         return f"{model} does not answer from the examples on this task, so there is no in-context learning to explain here."
-    proven = [s for s in study.sets if s.finding in ("redundant", "necessary")]
-    if not proven:
+    good = [s for s in study.sets if proven(s)]
+    if not good:
         found = [s for s in study.sets if s.heads]
         if not found:
             return f"{model} answers from the examples, but no head passes its null: this run does not say which heads do it."
-        return f"{model} answers from the examples, and heads with the expected attention exist, but switching them off does not hurt more than random heads do: not proven."
-    kinds = " and ".join(f"{len(s.heads)} {s.kind} {'head' if len(s.heads) == 1 else 'heads'}" for s in proven)
-    several = len({h for s in proven for h in s.heads}) > 1
-    first: Ablation = proven[0].ablation  # type: ignore[assignment]
-    fall = f"without the {proven[0].kind} heads accuracy falls from {_whole(first.intact.accuracy)} to {_whole(first.chosen.accuracy)}"
+        return f"{model} answers from the examples, and heads were found ({', '.join(s.kind for s in found)}), but none is proven: {_why_not(found)}."
+    listed: list[HeadSet] = []
+    for found in good:  # a head that two rules find is named once
+        if not set(found.heads) <= {h for s in listed for h in s.heads}:
+            listed.append(found)
+    names = [f"{len(s.heads)} {s.kind} {'head' if len(s.heads) == 1 else 'heads'}" for s in listed]
+    kinds = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    several = len({h for s in listed for h in s.heads}) > 1
+    first: Ablation = good[0].ablation  # type: ignore[assignment]
+    fall = f"without the {good[0].kind} heads accuracy falls from {_whole(first.intact.accuracy)} to {_whole(first.chosen.accuracy)}"
     stays = f", without as many random heads it is {_whole(first.random_mean)}" if first.random else ""
     return f"{model} answers from the examples, and {kinds} {'are' if several else 'is'} needed for it: {fall}{stays}."
+
+
+def _why_not(found: Sequence[HeadSet]) -> str:
+    """What stands in the way of the set that costs most."""
+    tried = [s for s in found if s.ablation is not None]
+    if not tried:
+        return "no set was switched off"
+    worst = min(tried, key=lambda s: s.ablation.chosen.change.value if s.ablation is not None else 0.0)
+    fall: Ablation = worst.ablation  # type: ignore[assignment]
+    numbers = f"without the {worst.kind} heads accuracy goes from {_whole(fall.intact.accuracy)} to {_whole(fall.chosen.accuracy)}"
+    reasons = {
+        "unspecific": "but as many random heads can cost as much", "redundant": "but as many random heads cost nearly as much",
+        "necessary": "but as many random heads cost nearly as much", "no control": "but there are too few other heads to compare with",
+        "nothing to lose": "but the intact model is not above chance",
+    }  # fmt: skip
+    return f"{numbers}, {reasons.get(worst.finding, 'which so few prompts cannot tell from nothing' if badge(worst).startswith('too few') else 'which is no loss')}"
 
 
 def _whole(estimate: Estimate) -> str:
@@ -159,10 +180,24 @@ def against_random(ablation: Ablation) -> str:
     return f"random heads: {100 * ablation.random_mean.value:.1f}\u00a0% on average; {falls_as_far(ablation)}"
 
 
+def proven(found: HeadSet) -> bool:
+    """The set is needed, and most of what it costs is its own: as many random heads cost less than half of that on average."""
+    ab = found.ablation
+    if ab is None or found.finding not in ("redundant", "necessary") or not ab.random:
+        return False
+    return bool(ab.random_mean.value - ab.chosen.accuracy.value > (ab.intact.accuracy.value - ab.chosen.accuracy.value) / 2)
+
+
 def badge(found: HeadSet) -> str:
     """The finding in a word or two. A large drop that the test cannot tell from nothing is too little data, not irrelevance."""
     if found.finding == "irrelevant" and found.ablation is not None and found.ablation.chosen.change.value < -0.1:
         return "too few prompts to say"
+    if found.finding in ("redundant", "necessary") and not proven(found):
+        return (
+            f"{found.finding}, but random heads cost nearly as much"
+            if found.ablation is not None and found.ablation.random
+            else f"{found.finding}, no control"
+        )
     return {"none": "none found", "irrelevant": "not needed here"}.get(found.finding, found.finding)
 
 
@@ -172,7 +207,7 @@ def top_line(study: Study) -> list[tuple[str, str, str]]:
     out: list[tuple[str, Estimate]] = [("intact", a.accuracy)]
     spread: dict[str, str] = {}
     for s in study.sets:
-        if s.ablation is not None and s.finding in ("redundant", "necessary"):
+        if s.ablation is not None and proven(s):
             out.append((f"{s.kind} heads off", s.ablation.chosen.accuracy))
             if s.ablation.random:
                 drawn = [100 * c.accuracy.value for c in s.ablation.random]
