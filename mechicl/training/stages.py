@@ -84,7 +84,7 @@ REPEAT = Choice(1.0, "repeat")
 BARE_WORDS = Choice(0.75, n_classes=(2, 3, 4), n_shots=(1, 2, 3), sizes=(0,), lean=1.0)
 
 
-def demo(wide: int = 2800) -> Plan:
+def demo(wide: int = 1900) -> Plan:
     """The bundled model's plan. `wide`: steps of the last stage."""
     few = Choice(0.10, n_classes=(4,), n_shots=(2,), sizes=(0,), lean=1.0)
     both = Choice(0.10, n_classes=(4,), n_shots=(2,), sizes=(28,), words=(True,), lean=1.0)
