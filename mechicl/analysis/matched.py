@@ -26,8 +26,10 @@ Pool = Mapping[int, Sequence[int]]
 """Layer -> heads that may be drawn."""
 
 
-def one_draw(chosen: Sequence[Head], pool: Pool, generator: np.random.Generator) -> tuple[tuple[Head, ...], int]:
+def one_draw(chosen: Sequence[Head], pool: Pool, generator: np.random.Generator, *, anywhere: bool = False) -> tuple[tuple[Head, ...], int]:
     """One random set: for each chosen head a head of its own layer, or of the nearest layers (on both sides) that have one left.
+
+    With `anywhere` a head whose own layer has none left is replaced by one of any layer.
 
     Returns:
         The set, and how many of its heads come from another layer. Both are empty where too few heads are left altogether.
@@ -39,7 +41,7 @@ def one_draw(chosen: Sequence[Head], pool: Pool, generator: np.random.Generator)
         distances = sorted({abs(layer - home) for layer, heads in left.items() if heads})
         if not distances:
             return (), 0
-        near = [layer for layer, heads in left.items() for _ in heads if abs(layer - home) == distances[0]]
+        near = [layer for layer, heads in left.items() for _ in heads if anywhere or abs(layer - home) == distances[0]]
         _take(near[int(generator.integers(len(near)))], left, found)
     return tuple(sorted(found)), len(moved)
 
@@ -80,11 +82,14 @@ def matched_draws(chosen: Sequence[Head], heads: Mapping[int, int], n: int, *, s
     if not found:
         remain = sum(len(some) for some in pool.values())
         return Draws((), False, f"no random control: {remain} heads are left beside the {len(taken)} chosen or spared ones")
-    notes = (
-        [f"{moved} of {len(chosen)} heads of each draw come from the nearest other layers, because their own has no more heads"]
-        if moved
-        else []
-    )
+    where = "the nearest other layers"
+    if moved and len(found) < n:  # the nearest layers hold too few: look further before giving up
+        where = "other layers, near or far,"
+        for _ in range(TRIES * n):
+            if len(found) == n:
+                break
+            found[one_draw(chosen, pool, generator, anywhere=True)[0]] = None
+    notes = [f"{moved} of {len(chosen)} heads of each draw come from {where} because their own has no more heads"] if moved else []
     if len(found) < n:
         notes.append(f"only {len(found)} matched sets exist, {n} were asked for: all were tried")
     return Draws(tuple(found), len(found) < n, "; ".join(notes))

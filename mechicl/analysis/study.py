@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import comb
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from mechicl.analysis.effects import head_effects
 from mechicl.analysis.feed import provenance
 from mechicl.analysis.heads import attention_by_role, score_heads
 from mechicl.analysis.icl import icl_accuracy
+from mechicl.analysis.matched import matched_draws
 from mechicl.analysis.prompts import prompt_view
 from mechicl.analysis.switches import How
 from mechicl.analysis.verdict import ALPHA, LEAST_CENSUS
@@ -35,6 +35,9 @@ THRESHOLD = 0.1
 
 MIN_EPISODES = 8
 """Below it neither half can say anything."""
+
+ENOUGH = 19
+"""Random draws without which a control cannot reach p = 0.05."""
 
 MANY_HEADS = 64
 """Up to this many heads each is also switched off alone to find those worth most; beyond it that would take as long as everything else together."""
@@ -83,8 +86,8 @@ def find_and_prove(
         raise EpisodeError(
             f"episodes must be at least {MIN_EPISODES}, half to find heads and half to prove them; got {len(episodes)}. Draw more."
         )
-    if n_random < 19:
-        raise OptionError(f"n_random must be at least 19; got {n_random}. With fewer draws the random control cannot reach p = 0.05.")
+    if n_random < ENOUGH:
+        raise OptionError(f"n_random must be at least {ENOUGH}; got {n_random}. With fewer draws the random control cannot reach p = 0.05.")
     if not 0 <= threshold < 1:
         raise OptionError(
             f"threshold must be in [0, 1), a share of attention; got {threshold}. {THRESHOLD} is a tenth of a head's attention."
@@ -201,15 +204,16 @@ def _prove(model: Any, prove: Sequence[Episode], found: HeadSet, order: Score | 
 def _others(model: Any, found: Sequence[tuple[str, str, tuple[Head, ...], str]], kind: str, heads: Sequence[Head]) -> list[Head]:
     """Heads of the other kinds, which random draws leave out, so that a set is compared with heads of no known use.
 
-    Where too few would be left for `LEAST_CENSUS` different draws, only the heads found by attention are left out; where that is still too many, none.
+    Where too few would be left for the random control to reach p = 0.05, only the heads found by attention are left out, then none; where nothing
+    reaches it, the first that leaves `LEAST_CENSUS` different draws.
     """
-    all_heads = model.cfg.n_layers * model.cfg.n_heads
     by_attention = {score for _, score in KINDS}
-    for scores in ({score for _, score, _, _ in found}, by_attention):
+    sizes = dict.fromkeys(range(model.cfg.n_layers), model.cfg.n_heads)
+    options = []
+    for scores in ({score for _, score, _, _ in found}, by_attention, set()):
         others = sorted({h for name, score, some, _ in found if name != kind and score in scores for h in some} - set(heads))
-        if comb(all_heads - len(others) - len(heads), len(heads)) >= LEAST_CENSUS:
-            return others
-    return []
+        options.append((others, len(matched_draws(heads, sizes, ENOUGH, seed=0, spare=others).sets) if heads else 0))
+    return next((o for least in (ENOUGH, LEAST_CENSUS, 0) for o, draws in options if draws >= least), [])
 
 
 def doses(n_set: int, n_most: int, steps: int = 6) -> list[int]:
