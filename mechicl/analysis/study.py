@@ -202,18 +202,15 @@ def _prove(model: Any, prove: Sequence[Episode], found: HeadSet, order: Score | 
 
 
 def _others(model: Any, found: Sequence[tuple[str, str, tuple[Head, ...], str]], kind: str, heads: Sequence[Head]) -> list[Head]:
-    """Heads of the other kinds, which random draws leave out, so that a set is compared with heads of no known use.
+    """Heads that another attention score found, which random draws leave out, so that a set is compared with heads of no known use.
 
-    Where too few would be left for the random control to reach p = 0.05, only the heads found by attention are left out, then none; where nothing
-    reaches it, the first that leaves `LEAST_CENSUS` different draws.
+    Heads found by their worth are not left out: a control without the heads that matter would prove anything. Where fewer than `LEAST_CENSUS` different
+    draws would be left, none are left out.
     """
     by_attention = {score for _, score in KINDS}
+    others = sorted({h for name, score, some, _ in found if name != kind and score in by_attention for h in some} - set(heads))
     sizes = dict.fromkeys(range(model.cfg.n_layers), model.cfg.n_heads)
-    options = []
-    for scores in ({score for _, score, _, _ in found}, by_attention, set()):
-        others = sorted({h for name, score, some, _ in found if name != kind and score in scores for h in some} - set(heads))
-        options.append((others, len(matched_draws(heads, sizes, ENOUGH, seed=0, spare=others).sets) if heads else 0))
-    return next((o for least in (ENOUGH, LEAST_CENSUS, 0) for o, draws in options if draws >= least), [])
+    return others if heads and len(matched_draws(heads, sizes, LEAST_CENSUS, seed=0, spare=others).sets) >= LEAST_CENSUS else []
 
 
 def doses(n_set: int, n_most: int, steps: int = 6) -> list[int]:

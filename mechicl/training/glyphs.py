@@ -80,36 +80,42 @@ def smooth(points: Float[Tensor, "n points xy"]) -> Float[Tensor, "n dots xy"]:
     return torch.cat([dots.flatten(1, 2), points[:, -1:]], 1)
 
 
-def draw_strokes(ids: Int[Tensor, " n"], generator: Generator, *, spread: float = 1.0) -> Float[Tensor, "n 1 cells cells"]:
-    """Ink in [0, 1] of one fresh instance per id. `spread` scales how much instances of a class differ."""
+def draw_strokes(
+    ids: Int[Tensor, " n"], generator: Generator, *, spread: Float[Tensor, " n"], width: Float[Tensor, " n"]
+) -> Float[Tensor, "n 1 cells cells"]:
+    """Ink in [0, 1] of one fresh instance per id.
+
+    Args:
+        ids: Class ids.
+        generator: Source of the variation between instances.
+        spread: How much an instance differs from its class, 1 for a careless hand.
+        width: Half the width of the pen, in half pictures; instances vary by a fifth around it.
+    """
     n = len(ids)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator)
-
-    dots = pen_paths(ids, 0.09 * spread * normal(n, POINTS + 3, 2))
+    dots = pen_paths(ids, 0.09 * spread[:, None, None] * normal(n, POINTS + 3, 2))
     low, high = dots.amin(1, keepdim=True), dots.amax(1, keepdim=True)
     dots = dots - (low + high) / 2
     extent = (high - low).amax(-1, keepdim=True).clamp(min=0.5)
     dots = dots * (1.5 / extent)
     turn, shear = 0.15 * spread * normal(n), 0.25 * spread * normal(n)
-    scale = 1 + 0.12 * spread * normal(n, 2).clamp(-2, 2)
+    scale = 1 + 0.12 * spread[:, None] * normal(n, 2).clamp(-2, 2)
     cos, sin = turn.cos(), turn.sin()
     matrix = torch.stack([torch.stack([cos, sin + shear], -1), torch.stack([-sin, cos], -1)], -2) * scale[:, None]
-    dots = dots @ matrix + 0.08 * spread * normal(n, 1, 2)
+    dots = dots @ matrix + 0.08 * spread[:, None, None] * normal(n, 1, 2)
     axis = (torch.arange(CELLS) + 0.5) / CELLS * 2 - 1
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).flip(-1).reshape(1, -1, 2).expand(n, -1, -1)
-    distance = torch.cdist(grid, dots).amin(-1).view(n, 1, CELLS, CELLS)
-    thick = (0.07 + 0.13 * uniform(n))[:, None, None, None]
-    edge = (0.03 + 0.05 * uniform(n))[:, None, None, None]
-    return ((thick - distance) / edge + 0.5).clamp(0, 1)
+    distance = torch.cdist(grid, dots).amin(-1)
+    thick = (width * (1 + 0.2 * normal(n).clamp(-2, 2)))[:, None]
+    edge = (0.03 + 0.05 * torch.rand(n, generator=generator))[:, None]
+    return ((thick - distance) / edge + 0.5).clamp(0, 1).view(n, 1, CELLS, CELLS)
 
 
 def draw_glyphs(
-    ids: Int[Tensor, " n"], size: int, generator: Generator, *, group: int = 1, spread: float = 1.0
+    ids: Int[Tensor, " n"], size: int, generator: Generator, *, group: int = 1, spread: tuple[float, float] = (0.3, 1.1)
 ) -> UInt8[Tensor, "n 3 size size"]:
     """Pictures of glyphs, one fresh instance per id.
 
@@ -117,8 +123,8 @@ def draw_glyphs(
         ids: Class ids, below HELD_OUT for training.
         size: Side of the pictures, pixels.
         generator: Source of the variation between instances.
-        group: Consecutive pictures (an episode) that share colours, sharpness and polarity, as one source of pictures would.
-        spread: How much instances differ.
+        group: Consecutive pictures (an episode) that share colours, pen, care, sharpness and polarity, as one source of pictures would.
+        spread: Least and most that instances of a group differ.
 
     Returns:
         RGB, 0 to 255.
@@ -130,16 +136,19 @@ def draw_glyphs(
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator)
 
-    ink = draw_strokes(ids, generator, spread=spread)
-    coarse = F.interpolate(F.avg_pool2d(ink, 3), size=(size, size), mode="bilinear" if uniform(1).item() < 0.5 else "nearest")
+    care = spread[0] + (spread[1] - spread[0]) * uniform(groups)
+    ink = draw_strokes(ids, generator, spread=care[shared], width=(0.08 + 0.12 * uniform(groups))[shared])
+    reduced = F.avg_pool2d(ink, 3)
+    mode = ("bilinear", "bicubic", "nearest")[int(3 * uniform(1).item())]
+    coarse = F.interpolate(reduced, size=(size, size), mode=mode)
     fine = F.interpolate(ink, size=(size, size), mode="bilinear", antialias=size < CELLS)
     ink = torch.where((uniform(groups) < 0.5)[shared, None, None, None], coarse, fine).clamp(0, 1)
     paper = uniform(groups, 3)
-    paper = torch.where((uniform(groups, 1) < 0.6), (uniform(groups, 1) < 0.5).float().expand(-1, 3), paper)
-    contrast = 0.4 + 0.6 * uniform(groups, 1)
+    paper = torch.where(uniform(groups, 1) < 0.7, (uniform(groups, 1) < 0.5).float().expand(-1, 3), paper)
+    contrast = (0.4 + 1.2 * uniform(groups, 1)).clamp(max=1)
     target = torch.where(paper.mean(-1, keepdim=True) < 0.5, 1.0, 0.0)
-    pen = paper + (target - paper) * contrast + 0.15 * (uniform(groups, 3) - 0.5) * (uniform(groups, 1) < 0.5)
+    pen = paper + (target - paper) * contrast + 0.15 * (uniform(groups, 3) - 0.5) * (uniform(groups, 1) < 0.4)
     paper, pen = paper[shared, :, None, None], pen[shared, :, None, None]
     colour = paper + (pen - paper) * ink
-    noise = 0.05 * uniform(groups)[shared, None, None, None] * torch.randn(n, 3, size, size, generator=generator)
-    return ((colour + noise).clamp(0, 1) * 255).round().to(torch.uint8)
+    noise = (0.08 * uniform(groups) - 0.03).clamp(min=0)[shared, None, None, None]
+    return ((colour + noise * torch.randn(n, 3, size, size, generator=generator)).clamp(0, 1) * 255).round().to(torch.uint8)

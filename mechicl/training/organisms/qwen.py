@@ -41,7 +41,8 @@ def qwen(family: str, preset: Preset, text: Mapping[str, Any]) -> Parts:
     n_layers = size.n_layers
     if family == "qwen2_5_vl":
         vision |= {"window_size": 2 * MERGE * patch, "fullatt_block_indexes": [size.vision_layers - 1]}
-        n_layers += preset == "demo"  # the bundled model: a layer more than the circuit needs, so that random heads can serve as its control
+        # the bundled model: a layer more than the circuit needs, so that random heads can serve as its control
+        n_layers += preset == "demo"
     if third:
         vision |= {"depth": 3, "deepstack_visual_indexes": [0, 1, 2], "num_position_embeddings": 64}
         n_layers = 4 if preset == "tiny" else 3  # the tiny one keeps a layer that DeepStack does not reach
