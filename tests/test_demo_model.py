@@ -85,4 +85,4 @@ def test_the_growth_curve_shows_the_ability_arrive() -> None:
     induction = series.values["induction, best head"]
     assert pictures[0] < 0.1 < 0.9 < pictures[-1]
     assert induction[0] < 0.1 < 0.3 < induction[-1]
-    assert [name for _, name in series.stages] == ["repeated sequences", "words", "pictures", "everything"]
+    assert [name for _, name in series.stages] == ["repeated sequences", "bare words", "bare pictures", "everything"]
