@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mechicl.analysis.verdict import LEAST_CENSUS
 from mechicl.results import Head
 
 
@@ -83,7 +84,7 @@ def matched_draws(chosen: Sequence[Head], heads: Mapping[int, int], n: int, *, s
         remain = sum(len(some) for some in pool.values())
         return Draws((), False, f"no random control: {remain} heads are left beside the {len(taken)} chosen or spared ones")
     where = "the nearest other layers"
-    if moved and len(found) < n:  # the nearest layers hold too few: look further before giving up
+    if moved and len(found) < min(n, LEAST_CENSUS):  # the nearest layers hold too few for any control: look further before giving up
         where = "other layers, near or far,"
         for _ in range(TRIES * n):
             if len(found) == n:
