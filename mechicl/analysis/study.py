@@ -209,7 +209,7 @@ def _others(model: Any, found: Sequence[tuple[str, str, tuple[Head, ...], str]],
     """
     by_attention = {score for _, score in KINDS}
     others = sorted({h for name, score, some, _ in found if name != kind and score in by_attention for h in some} - set(heads))
-    sizes = dict.fromkeys(range(model.cfg.n_layers), model.cfg.n_heads)
+    sizes = {layer: int(model.cfg.n_heads) for layer in range(model.cfg.n_layers)}
     return others if heads and len(matched_draws(heads, sizes, LEAST_CENSUS, seed=0, spare=others).sets) >= LEAST_CENSUS else []
 
 
