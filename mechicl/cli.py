@@ -88,7 +88,7 @@ def report(
     out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file to write.")],
     model: Model = "demo",
     task: TaskName = "concepts",
-    episodes: Episodes = 128,
+    episodes: Episodes = 64,
     classes: Classes = 4,
     shots: Shots = 2,
     size: Size = 56,
