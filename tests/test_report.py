@@ -262,6 +262,14 @@ def test_accuracy_must_clear_its_controls_before_anything_is_claimed() -> None:
     assert not story.learns(samples.accuracy(0.27, zero=None))
 
 
+def test_a_head_of_two_kinds_is_drawn_once() -> None:
+    study = samples.study()
+    twice = replace(study, sets=(study.sets[0], replace(study.sets[1], heads=samples.INDUCTION)))
+    page = Page(render_report(ReportContent(twice, max_prompts=1)))
+    buttons = [a["data-head"] for tag, a in page.tags if tag == "button" and "data-head" in a]
+    assert buttons == ["", "1.0", "1.1", "1.2", "1.3"]
+
+
 def test_a_study_without_prompts_growth_or_pictures_still_makes_a_page() -> None:
     study = replace(samples.study(), prompts=(), growth=None)
     words = Page(render_report(ReportContent(study))).words

@@ -112,11 +112,14 @@ def find_and_prove(
         known = next((s for s in sets if heads and set(s.heads) == set(heads)), None)  # the same heads by another name are not run again
         empty = HeadSet(kind, name, rule, heads, "none", "")
         spare = _others(model, found, kind, heads)
-        sets.append(
-            replace(known, kind=kind, score=name, rule=rule) if known else _prove(model, prove, empty, orders[name], control, spare)
-        )
+        curve = name in scores.scores or not any(s.dose for s in sets)  # heads found by their worth get a curve where no others did
+        if known is not None:
+            sets.append(replace(known, kind=kind, score=name, rule=rule))
+        else:
+            sets.append(_prove(model, prove, empty, orders[name], control, spare, curve=curve))
     roles = attention_by_role(model, prove, **common)
-    drawn = list(dict.fromkeys(h for s in sets for h in s.heads[:4])) or scores.top("induction", 4)
+    looking = scores.top("ila", 3) if "ila" in scores.scores else []  # to be seen on the pictures, whether they pass or not
+    drawn = list(dict.fromkeys([*(h for s in sets for h in s.heads[:4]), *looking])) or scores.top("induction", 4)
     options = {
         "how": how,
         "threshold": threshold,
@@ -179,13 +182,15 @@ class Control:
         return {"how": self.how, "n_random": self.n_random, "intact": self.intact, "reference": self.reference, **self.common}
 
 
-def _prove(model: Any, prove: Sequence[Episode], found: HeadSet, order: Score | None, control: Control, spare: Sequence[Head]) -> HeadSet:
+def _prove(
+    model: Any, prove: Sequence[Episode], found: HeadSet, order: Score | None, control: Control, spare: Sequence[Head], curve: bool
+) -> HeadSet:
     """The set switched off on the other half; the dose curve runs over the set and two heads beyond it, in the score's order."""
     if not found.heads or order is None:
         return replace(found, verdict="no head passes its null, so there is nothing to switch off.")
     ablation = ablate(model, prove, found.heads, spare=spare, **control.options)
     dose = None
-    if ablation.finding in ("redundant", "necessary"):
+    if curve and ablation.finding in ("redundant", "necessary"):
         rest = [h for h in order.top(order.value.size) if h not in found.heads]
         ranking = [*found.heads, *rest][: max(1, order.value.size // 2)]
         name = found.score.replace("_", " ")
@@ -216,7 +221,7 @@ def _others(model: Any, found: Sequence[tuple[str, str, tuple[Head, ...], str]],
 def doses(n_set: int, n_most: int, steps: int = 6) -> list[int]:
     """How many heads go off: none, then up to two beyond the set, every number while these are few."""
     last = min(n_set + 2, n_most)
-    if last < steps:
+    if last <= steps:
         return list(range(last + 1))
     return sorted({0, n_set, last, *(round(x) for x in np.linspace(0, last, steps))})
 

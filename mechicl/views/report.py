@@ -118,7 +118,7 @@ def render_report(content: ReportContent) -> str:
             title=title, command=content.command, study=study, headline=story.headline(study), summary=story.summary(study), tiles=story.top_line(study),
             learns=story.learns(study.accuracy), accuracy=_accuracy(study), overview=_overview(study), scores=_scores(study), roles=_roles(study),
             strips=[(overlay.strip(view, _groups(study, chosen, view)), f"strip-{k}") for k, view in enumerate(prompts)], badge=story.badge,
-            overlays=_overlays(study, prompts, chosen), overlay_words=story.about_overlay(), patterns=[v for v in views if v], sets=_sets(study), effects=_effects(study), growth=_growth(study),
+            overlays=_overlays(study, prompts), overlay_words=story.about_overlay(), patterns=[v for v in views if v], sets=_sets(study), effects=_effects(study), growth=_growth(study),
             provenance=_provenance(study), definitions=story.DEFINITIONS, kinds=theme.ROLE_COLOURS, name=name,
             style=Markup(_static("style.css")), script=Markup(_static("script.js")), plotly=Markup(plots.javascript()),
             circuitsvis=Markup(attention.library()) if any(views) else "",
@@ -131,9 +131,8 @@ def render_report(content: ReportContent) -> str:
 def _chosen(study: Study, limit: int = 8) -> list[tuple[int, int]]:
     """Heads to look at closely: the found ones, kind by kind in turn; where none was found, the top induction-like ones, so that there is something to see."""
     found = [list(s.heads) for s in study.sets if s.heads]
-    out: list[tuple[int, int]] = []
-    for k in range(max((len(f) for f in found), default=0)):
-        out += [f[k] for f in found if k < len(f) and f[k] not in out]
+    turns = [f[k] for k in range(max((len(f) for f in found), default=0)) for f in found if k < len(f)]
+    out = list(dict.fromkeys(turns))
     if not out:
         out = study.scores.top(next(iter(study.scores.scores)), 4)
     return out[:limit]
@@ -236,15 +235,15 @@ def _growth(study: Study) -> Block | None:
     return _block("growth", "", plots.plot(study.growth), story.about_growth(study.growth), study.growth.to_frame())
 
 
-def _overlays(study: Study, prompts: tuple[PromptView, ...], heads: list[tuple[int, int]]) -> list[dict[str, Any]]:
-    """The first prompt's pictures under each chosen head; nothing for families without image tokens."""
+def _overlays(study: Study, prompts: tuple[PromptView, ...]) -> list[dict[str, Any]]:
+    """The first prompt's pictures under the heads that look at them most; nothing for families without image tokens."""
     own = {h for s in study.sets if s.score == "ila" for h in s.heads}
     out = []
     for view in prompts[:1]:
         if any(view.image_boxes):
-            rows = overlay.picture_grid(view, [h for h in heads if h in view.rows], own_label=own)
-            rows.sort(key=lambda row: -sum(p.share for p in row.pictures))
-            out.append({"view": view, "rows": rows[:6]})
+            rows = overlay.picture_grid(view, list(view.rows), own_label=own)
+            rows.sort(key=lambda row: (-sum(p.share for p in row.pictures), row.head))
+            out.append({"view": view, "rows": [row for row in rows if row.top >= overlay.FAINT][:6] or rows[:1]})
     return out
 
 

@@ -119,14 +119,15 @@ def headline(study: Study) -> str:
             return f"{model} answers from the examples, but no head passes its null: this run does not say which heads do it."
         return f"{model} answers from the examples, and heads were found ({', '.join(s.kind for s in found)}), but none is proven: {_why_not(found)}."
     listed: list[HeadSet] = []
-    for found in good:  # a head that two rules find is named once
+    by_attention = [s for s in good if s.score in study.scores.scores]
+    for found in by_attention or good:  # a head that two rules find is named once
         if not set(found.heads) <= {h for s in listed for h in s.heads}:
             listed.append(found)
     names = [f"{len(s.heads)} {s.kind} {'head' if len(s.heads) == 1 else 'heads'}" for s in listed]
     kinds = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
     several = len({h for s in listed for h in s.heads}) > 1
-    first: Ablation = good[0].ablation  # type: ignore[assignment]
-    fall = f"without the {good[0].kind} heads accuracy falls from {_whole(first.intact.accuracy)} to {_whole(first.chosen.accuracy)}"
+    first: Ablation = listed[0].ablation  # type: ignore[assignment]
+    fall = f"without the {listed[0].kind} heads accuracy falls from {_whole(first.intact.accuracy)} to {_whole(first.chosen.accuracy)}"
     stays = f", without as many random heads it is {_whole(first.random_mean)}" if first.random else ""
     return f"{model} answers from the examples, and {kinds} {'are' if several else 'is'} needed for it: {fall}{stays}."
 
