@@ -194,15 +194,8 @@ def _prove(
         rest = [h for h in order.top(order.value.size) if h not in found.heads]
         ranking = [*found.heads, *rest][: max(1, order.value.size // 2)]
         name = found.score.replace("_", " ")
-        dose = dose_curve(
-            model,
-            prove,
-            ranking,
-            name,
-            ks=doses(len(found.heads), len(ranking)),
-            spare=[h for h in spare if h not in ranking],
-            **control.options,
-        )
+        few = {**control.options, "n_random": max(10, control.n_random // 2)}  # every point of the curve has a control of its own
+        dose = dose_curve(model, prove, ranking, name, ks=doses(len(found.heads), len(ranking)), spare=spare, **few)
     return replace(found, finding=ablation.finding, verdict=ablation.verdict, ablation=ablation, dose=dose)
 
 

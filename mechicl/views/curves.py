@@ -246,7 +246,7 @@ def growth_lines(result: Series) -> Spec:
             "xaxis": {"title": {"text": "training step"}, "zeroline": False, "anchor": "y" if len(panels) == 1 else "y2"},
             "shapes": shapes,
             "annotations": notes,
-            "margin": {"t": 104},
+            "margin": {"t": 118},
         },
     }  # fmt: skip
 
@@ -273,13 +273,18 @@ def _stages(result: Series) -> tuple[list[Spec], list[Spec]]:
     """Alternating bands for the stages of training, each with its name on top."""
     if not len(result.steps):
         return [], []
-    ends = [start for start, _ in result.stages[1:]] + [int(max(result.steps))]
+    last = int(max(result.steps))
+    ends = [start for start, _ in result.stages[1:]] + [last]
     shapes: list[Spec] = []
     notes: list[Spec] = []
+    level, before = 0, -float(last)
     for k, ((start, stage), end) in enumerate(zip(result.stages, ends, strict=False)):
         shapes.append({"type": "rect", "layer": "below", "xref": "x", "yref": "paper", "x0": start, "x1": end, "y0": 0, "y1": 1, "line": {"width": 0},
                        "fillcolor": "rgba(125,135,147,0.13)" if k % 2 == 0 else "rgba(125,135,147,0.03)"})  # fmt: skip
-        notes.append({"xref": "x", "yref": "paper", "x": start, "y": 1.0, "xanchor": "left", "yanchor": "bottom", "text": f"{k + 1} {words(stage)}", "showarrow": False})  # fmt: skip
+        level = (level + 1) % 3 if start - before < 0.22 * last else 0  # names that would meet go one line higher
+        before = start
+        notes.append({"xref": "x", "yref": "paper", "x": start, "y": 1.0, "yshift": 15 * level, "xanchor": "left", "yanchor": "bottom",
+                      "text": f"{k + 1} {words(stage)}", "showarrow": False})  # fmt: skip
     return shapes, notes
 
 
