@@ -237,7 +237,7 @@ def test_the_claim_is_made_from_the_numbers(page: Page, study: Study) -> None:
 def test_where_nothing_is_found_the_page_says_so() -> None:
     study = samples.study(holds=False)
     words = Page(render_report(ReportContent(study))).words
-    assert "does not answer from the examples" in words
+    assert "does not show that" in words
     assert "no head passes its null" in words
     assert "needed for it" not in words
     learner = replace(study, accuracy=samples.accuracy(0.95))
@@ -260,6 +260,9 @@ def test_accuracy_must_clear_its_controls_before_anything_is_claimed() -> None:
     assert story.learns(samples.accuracy(0.97))
     assert not story.learns(samples.accuracy(0.97, zero=0.97))
     assert not story.learns(samples.accuracy(0.27, zero=None))
+    near = replace(samples.accuracy(), accuracy=samples.estimate(0.594, 32), zero_shot=samples.estimate(0.281, 32))
+    assert story.learns(near)  # the two intervals touch; their difference is still above zero
+    assert not story.learns(replace(near, zero_shot=samples.estimate(0.4, 32)))
 
 
 def test_a_head_of_two_kinds_is_drawn_once() -> None:

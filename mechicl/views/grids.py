@@ -223,11 +223,11 @@ def score_grids(result: HeadScores, *, columns: int = 3) -> Spec:
         layout["yaxis" + sy[1:]] = y | {"domain": [top - tall + 0.16 * tall, top - 0.12 * tall], "anchor": sx}
         n_sig = len(significant(result.scores[key]))
         notes.append({"xref": f"{sx} domain", "yref": f"{sy} domain", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom", "showarrow": False,
-                      "text": f"<b>{words(key)}</b>  {n_sig} above null", "font": {"size": 13}})  # fmt: skip
+                      "text": f"<b>{words(key)}</b>  {n_sig}/{layers * heads}", "font": {"size": 13}})  # fmt: skip
         shapes += _groups((layers, heads), result.n_key_value_heads, x=sx, y=sy, labels=False)[0]
     layout |= {
         "title": {"text": "<b>Head scores</b>, every score on one scale",
-                  "subtitle": {"text": f"mean of {result.n} episodes · dot: above its null, Holm p < {ALPHA} over the {layers * heads} heads of a score"}},
+                  "subtitle": {"text": f"mean of {result.n} episodes · dot, and the count: heads above their null, Holm p < {ALPHA} over the {layers * heads} heads of a score"}},
         "height": 110 + rows * max(170, min(30 * layers + 70, 480)),
         "coloraxis": {"colorscale": DIVERGING, "cmin": -half, "cmax": half, "cmid": 0, "colorbar": {"len": min(1.0, 0.5 + 0.5 / rows)}},
         "annotations": notes, "shapes": shapes, "showlegend": False, "meta": {"scale": "diverging"},

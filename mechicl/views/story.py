@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -102,16 +103,23 @@ def heads_in_words(heads: Sequence[Head], limit: int = 12) -> str:
 
 
 def learns(accuracy: ICLAccuracy) -> bool:
-    """The interval of the accuracy lies above chance and above the zero-shot control's interval."""
-    bar = max(accuracy.chance, accuracy.zero_shot.high if accuracy.zero_shot is not None else 0.0)
-    return bool(accuracy.accuracy.low > bar)
+    """Accuracy is above chance, and above the zero-shot control: the 95 % interval of the difference of the two shares (Newcombe's, from their Wilson
+    intervals, as if they were other prompts, which makes it wider) lies above zero."""
+    a, zero = accuracy.accuracy, accuracy.zero_shot
+    above = zero is None or a.value - zero.value > math.hypot(a.value - a.low, zero.high - zero.value)
+    return bool(a.low > accuracy.chance and above)
 
 
 def headline(study: Study) -> str:
     """The claim in one sentence, as strong as the numbers allow and no stronger."""
     model = study.provenance.model
     if not learns(study.accuracy):
-        return f"{model} does not answer from the examples on this task, so there is no in-context learning to explain here."
+        a = study.accuracy
+        without = f" against {_whole(a.zero_shot)} without them" if a.zero_shot is not None else ""
+        return (
+            f"This run does not show that {model} answers from the examples: {_whole(a.accuracy)} of {a.n} prompts right{without}, chance {100 * a.chance:.0f}\u00a0%. "
+            "There is no in-context learning to explain here."
+        )
     good = [s for s in study.sets if proven(s)]
     if not good:
         found = [s for s in study.sets if s.heads]
@@ -207,7 +215,7 @@ def top_line(study: Study) -> list[tuple[str, str, str]]:
     a = study.accuracy
     out: list[tuple[str, Estimate]] = [("intact", a.accuracy)]
     spread: dict[str, str] = {}
-    for s in study.sets:
+    for s in study.sets if learns(a) else ():
         if s.ablation is not None and proven(s):
             out.append((f"{s.kind} heads off", s.ablation.chosen.accuracy))
             if s.ablation.random:
