@@ -207,7 +207,8 @@ def ablate(
     loaded = _load(model, device, dtype, revision, trust_remote_code, quiet)
     from mechicl.analysis.ablation import ablate as switch_off
     from mechicl.analysis.heads import score_heads
-    from mechicl.views.story import ablation_frame, against_random, percent, points
+    from mechicl.views.story import against_random, percent, points
+    from mechicl.views.tables import ablation_frame
 
     common: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "task": _task_name(task, classes, shots), "progress": not quiet}
     if top is not None:

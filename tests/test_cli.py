@@ -160,7 +160,7 @@ def test_memory_that_runs_out_is_said_in_one_line(tiny: HookedVLM, monkeypatch: 
 
 
 def test_csv_text_reads_back_to_the_same_numbers() -> None:
-    from mechicl.views.story import csv_text
+    from mechicl.views.tables import csv_text
 
     frame = pd.DataFrame({"value": [0.1 + 0.2, 1 / 3, 1e-17]})
     assert pd.read_csv(io.StringIO(csv_text(frame)))["value"].tolist() == frame["value"].tolist()

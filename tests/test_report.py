@@ -191,6 +191,21 @@ def test_csv_downloads_hold_the_results_numbers_exactly(page: Page, study: Study
     assert len(page.csv("mechicl_growth.csv")) == len(study.growth.to_frame())
 
 
+def test_what_is_drawn_on_the_prompt_can_be_downloaded_too(page: Page, study: Study) -> None:
+    view = study.prompts[0]
+    tokens = page.csv("mechicl_prompt_0.csv")
+    np.testing.assert_array_equal(tokens["head 1.0"], view.rows[(1, 0)])
+    assert list(tokens["role"]) == list(view.roles)
+    patterns = page.csv("mechicl_patterns_0.csv")
+    one = patterns[(patterns["head"] == 1.2) & (patterns["dest"] == 20) & (patterns["src"] == 3)]
+    assert one["attention"].item() == pytest.approx(view.patterns[(1, 2)][20, 3], abs=5e-5)  # four digits
+    patches = page.csv("mechicl_pictures.csv")
+    position, box = next(iter(view.image_boxes[-1].items()))
+    query = patches[(patches["head"] == 0.1) & (patches["position"] == position)]
+    assert query["attention"].item() == view.rows[(0, 1)][position]
+    assert tuple(query[["left", "top", "right", "bottom"]].iloc[0]) == box
+
+
 def test_every_figure_says_what_it_shows_how_it_misleads_and_on_how_many_prompts(html: str, page: Page) -> None:
     figures = len(re.findall(r"data-for=", html)) + 2  # and the pictures, and the token view
     assert page.words.count("What this shows.") == figures

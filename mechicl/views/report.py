@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from mechicl.errors import OutputPathError
 from mechicl.results import PromptView, Study
-from mechicl.views import attention, overlay, plots, story, theme
+from mechicl.views import attention, captions, overlay, plots, story, tables, theme
 from mechicl.views.grids import name
 
 LIMIT_BYTES = 12_000_000
@@ -45,9 +45,9 @@ class Block:
     heading: str
     figure: Markup
     height: int
-    words: story.Words
+    words: captions.Words
     csvs: tuple[tuple[str, str, str], ...]
-    table: story.Table | None = None
+    table: tables.Table | None = None
 
 
 def check_writable(path: str | Path) -> Path:
@@ -117,9 +117,9 @@ def render_report(content: ReportContent) -> str:
         .render(
             title=title, command=content.command, study=study, headline=story.headline(study), summary=story.summary(study), tiles=story.top_line(study),
             learns=story.learns(study.accuracy), accuracy=_accuracy(study), overview=_overview(study), scores=_scores(study), roles=_roles(study),
-            strips=[(overlay.strip(view, _groups(study, chosen, view)), f"strip-{k}") for k, view in enumerate(prompts)], badge=story.badge,
-            overlays=_overlays(study, prompts), overlay_words=story.about_overlay(), patterns=[v for v in views if v], sets=_sets(study), effects=_effects(study), growth=_growth(study),
-            provenance=_provenance(study), definitions=story.DEFINITIONS, kinds=theme.ROLE_COLOURS, name=name,
+            strips=[(overlay.strip(view, _groups(study, chosen, view)), f"strip-{k}", [_csv(f"prompt-{k}", tables.prompt_frame(view))]) for k, view in enumerate(prompts)], badge=story.badge,
+            overlays=_overlays(study, prompts), overlay_words=captions.about_overlay(), patterns=[v for v in views if v], sets=_sets(study), effects=_effects(study), growth=_growth(study),
+            provenance=_provenance(study), definitions=captions.DEFINITIONS, kinds=theme.ROLE_COLOURS, name=name,
             style=Markup(_static("style.css")), script=Markup(_static("script.js")), plotly=Markup(plots.javascript()),
             circuitsvis=Markup(attention.library()) if any(views) else "",
             themes=_json({"light": theme.template(), "dark": theme.template(dark=True), "scales": {
@@ -148,23 +148,27 @@ def _groups(study: Study, chosen: list[tuple[int, int]], view: PromptView) -> di
     return out
 
 
+def _csv(identifier: str, frame: pd.DataFrame, words: str = "Data as CSV") -> tuple[str, str, str]:
+    """(link text, file name, data: address) of a table."""
+    file = f"mechicl_{identifier}".replace("-", "_") + ("" if words == "Data as CSV" else "_" + words.replace(" ", "_"))
+    return words, f"{file}.csv", tables.csv_uri(frame)
+
+
 def _block(
     identifier: str,
     heading: str,
     figure: Any,
-    words: story.Words,
+    words: captions.Words,
     frame: pd.DataFrame,
     *,
     raw: pd.DataFrame | None = None,
     with_table: bool = True,
 ) -> Block:
     plain = plots.figure_json(figure)
-    file = f"mechicl_{identifier.replace('-', '_')}"
-    csvs = [("Data as CSV", f"{file}.csv", story.csv_uri(frame))]
-    csvs += [("per prompt", f"{file}_per_prompt.csv", story.csv_uri(raw))] if raw is not None else []
+    csvs = [_csv(identifier, frame), *([_csv(identifier, raw, "per prompt")] if raw is not None else [])]
     return Block(
         identifier, heading, _json(plain), int(plain["layout"].get("height", 400)), words, tuple(csvs),
-        story.table(frame) if with_table else None,
+        tables.table(frame) if with_table else None,
     )  # fmt: skip
 
 
@@ -174,14 +178,14 @@ def _accuracy(study: Study) -> Block:
         "accuracy",
         "",
         plots.plot(a, controls=study.controls),
-        story.about_accuracy(a, study.controls),
-        story.accuracy_frame(a, study.controls),
+        captions.about_accuracy(a, study.controls),
+        tables.accuracy_frame(a, study.controls),
         raw=a.to_frame(),
     )
 
 
 def _overview(study: Study) -> Block:
-    return _block("scores", "", plots.plot(study.scores), story.about_scores(study), study.scores.to_frame(), with_table=False)
+    return _block("scores", "", plots.plot(study.scores), captions.about_scores(study), study.scores.to_frame(), with_table=False)
 
 
 def _scores(study: Study) -> list[Block]:
@@ -193,12 +197,12 @@ def _scores(study: Study) -> list[Block]:
     for key, score in sorted(study.scores.scores.items(), key=lambda item: first.index(item[0]) if item[0] in first else len(first)):
         figure = plots.plot(score, n_key_value_heads=study.scores.n_key_value_heads)
         part = frame.loc[frame["score"] == key].sort_values(by="value", ascending=False, kind="stable")
-        out.append(_block(f"score-{len(out)}", key.replace("_", " "), figure, story.about_score(score), part))
+        out.append(_block(f"score-{len(out)}", key.replace("_", " "), figure, captions.about_score(score), part))
     return out
 
 
 def _roles(study: Study) -> Block:
-    return _block("attention-by-role", "", plots.plot(study.roles), story.about_roles(study.roles), study.roles.to_frame())
+    return _block("attention-by-role", "", plots.plot(study.roles), captions.about_roles(study.roles), study.roles.to_frame())
 
 
 def _sets(study: Study) -> list[dict[str, Any]]:
@@ -207,10 +211,12 @@ def _sets(study: Study) -> list[dict[str, Any]]:
         blocks = []
         if found.ablation is not None:
             blocks.append(
-                _block(f"ablation-{k}", "", plots.plot(found.ablation), story.about_ablation(found), story.ablation_frame(found.ablation))
+                _block(
+                    f"ablation-{k}", "", plots.plot(found.ablation), captions.about_ablation(found), tables.ablation_frame(found.ablation)
+                )
             )
         if found.dose is not None:
-            blocks.append(_block(f"dose-{k}", "", plots.plot(found.dose), story.about_dose(found.dose), found.dose.to_frame()))
+            blocks.append(_block(f"dose-{k}", "", plots.plot(found.dose), captions.about_dose(found.dose), found.dose.to_frame()))
         out.append({"set": found, "sentence": story.set_sentence(found), "blocks": blocks, "heads": story.heads_in_words(found.heads)})
     return out
 
@@ -224,7 +230,7 @@ def _effects(study: Study) -> Block | None:
         "effects",
         "",
         figure,
-        story.about_effects(study.effects, study.n_find),
+        captions.about_effects(study.effects, study.n_find),
         frame.sort_values(by="value", ascending=False, kind="stable"),
     )
 
@@ -232,7 +238,7 @@ def _effects(study: Study) -> Block | None:
 def _growth(study: Study) -> Block | None:
     if study.growth is None:
         return None
-    return _block("growth", "", plots.plot(study.growth), story.about_growth(study.growth), study.growth.to_frame())
+    return _block("growth", "", plots.plot(study.growth), captions.about_growth(study.growth), study.growth.to_frame())
 
 
 def _overlays(study: Study, prompts: tuple[PromptView, ...]) -> list[dict[str, Any]]:
@@ -243,7 +249,8 @@ def _overlays(study: Study, prompts: tuple[PromptView, ...]) -> list[dict[str, A
         if any(view.image_boxes):
             rows = overlay.picture_grid(view, list(view.rows), own_label=own)
             rows.sort(key=lambda row: (-sum(p.share for p in row.pictures), row.head))
-            out.append({"view": view, "rows": [row for row in rows if row.top >= overlay.FAINT][:6] or rows[:1]})
+            rows = [row for row in rows if row.top >= overlay.FAINT][:6] or rows[:1]
+            out.append({"view": view, "rows": rows, "csvs": [_csv("pictures", tables.overlay_frame(rows))]})
     return out
 
 
@@ -254,9 +261,11 @@ def _patterns(view: PromptView, k: int, heads: list[tuple[int, int]]) -> dict[st
         return None
     if len(view.tokens) <= attention.LONGEST:
         drawn = attention.attention_view(view, kept, element_id=f"patterns-{k}")
+        csvs = [_csv(f"patterns-{k}", tables.pattern_frame(view, drawn.heads, drawn.positions))]
         return {
+            "csvs": csvs,
             "view": drawn,
-            "words": story.about_patterns(drawn.note),
+            "words": captions.about_patterns(drawn.note),
             "call": Markup(drawn.call),
             "element": Markup(drawn.element),
             "blocks": [],
@@ -278,12 +287,12 @@ def _patterns(view: PromptView, k: int, heads: list[tuple[int, int]]) -> dict[st
                 f"pattern-{k}-{head[0]}-{head[1]}",
                 name(head),
                 plots.plot_pattern(view, head, positions=positions),
-                story.about_patterns(note),
+                captions.about_patterns(note),
                 pattern,
                 with_table=False,
             )
         )
-    return {"view": None, "words": story.about_patterns(""), "call": "", "element": "", "blocks": blocks}
+    return {"csvs": [], "view": None, "words": captions.about_patterns(""), "call": "", "element": "", "blocks": blocks}
 
 
 def _provenance(study: Study) -> list[tuple[str, str]]:
