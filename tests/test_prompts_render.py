@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jaxtyping
@@ -16,7 +17,7 @@ from PIL import Image
 
 from mechicl.errors import ContextLengthError, EpisodeError, ImageError, RenderError
 from mechicl.prompts.batch import Batch
-from mechicl.prompts.episode import Episode, Shot, check_episodes
+from mechicl.prompts.episode import Episode, Shot, check_episodes, check_pictures
 from mechicl.prompts.render import Renderer
 from mechicl.prompts.spans import QUERY
 from mechicl.training.organisms import build
@@ -393,3 +394,20 @@ def test_episodes_that_ask_nothing_are_refused() -> None:
     with pytest.raises(ImageError, match="at least one picture"):
         check_episodes([Episode(words, words[0], ("dax", "kimo"))])
     check_episodes([Episode(words, words[0], ("dax", "kimo"))], images=False)
+
+
+def test_a_damaged_picture_anywhere_in_the_list_is_an_error_before_any_work(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:60])
+
+    def episode(name: str, file: str) -> Episode:
+        shots = tuple(Shot(label, (Image.open(tmp_path / "whole.png"),), item=label) for label in ("zuda", "mipo"))
+        return Episode(shots, Shot("zuda", (Image.open(tmp_path / file),), item="zuda"), ("zuda", "mipo"), id=name)
+
+    whole = [episode("a", "whole.png"), episode("b", "whole.png")]
+    check_pictures(whole)
+    assert all(image.tile for one in whole for image in one.images)  # still only opened: nothing stays in memory
+    with pytest.raises(ImageError, match=r"episode b: picture 2 must be readable; got .*cut.png"):
+        check_pictures(damaged := [whole[0], episode("b", "cut.png"), whole[1]])
+    for image in (image for one in (*whole, *damaged) for image in one.images):
+        image.close()

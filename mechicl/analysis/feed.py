@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from mechicl.errors import EpisodeError, OptionError
 from mechicl.prompts.batch import Batch
-from mechicl.prompts.episode import Episode, check_episodes
+from mechicl.prompts.episode import Episode, check_episodes, check_pictures
 from mechicl.results import Provenance, Skipped
 
 Data = Batch | Sequence[Episode]
@@ -42,13 +42,15 @@ def check_data(data: Data, batch_size: int) -> int:
 
 
 def rehearse(model: Any, data: Data) -> None:
-    """Render the longest episode, so that a prompt beyond the context or a picture that the processor refuses is an error now, not after an hour.
+    """Read every picture and render the longest episode, so that a damaged file, a prompt beyond the context or a picture that the processor refuses
+    is an error now, not after an hour.
 
     Raises:
         ContextLengthError, RenderError, ImageError: what rendering raises.
     """
     if isinstance(data, Batch):
         return
+    check_pictures(data)
 
     def length(episode: Episode) -> tuple[int, int]:
         shots = (*episode.shots, episode.query)

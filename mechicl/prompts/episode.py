@@ -100,3 +100,30 @@ def check_episodes(episodes: Sequence[Episode], *, images: bool = True) -> None:
             )
         if images and not episode.images:
             raise ImageError(f"episode {name}: at least one picture is needed; got none. Pass images=False for text-only episodes.")
+
+
+def check_pictures(episodes: Sequence[Episode]) -> None:
+    """Read every picture that PIL has only opened so far, so that a damaged file is an error before any work; nothing stays in memory.
+
+    Raises:
+        ImageError: a picture cannot be read; names the episode, the picture and its file.
+    """
+    seen: set[int] = set()
+    for k, episode in enumerate(episodes):
+        for j, image in enumerate(episode.images):
+            if id(image) in seen:
+                continue
+            seen.add(id(image))
+            file = getattr(image, "filename", "")
+            try:
+                if not getattr(image, "tile", None):  # its pixels are in memory
+                    continue
+                if file:
+                    with Image.open(file) as again:
+                        again.load()
+                else:
+                    image.load()
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                raise ImageError(
+                    f"episode {episode.id or k}: picture {j} must be readable; got {file or 'data in memory'} ({error}). Replace the file, or leave the episode out."
+                ) from error
