@@ -9,6 +9,7 @@ No pickle anywhere. Every file is written under a temporary name, flushed and re
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from mechicl.errors import CheckpointError, OutputPathError
 STATE = "state.safetensors"
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
+AGAIN = "Delete the folder and start again."
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,34 @@ class Run:
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, counters: Mapping[str, Any]) -> None:
         """Replace the checkpoint."""
-        from safetensors.torch import save
-
-        tensors = {f"model.{name}": value.detach().contiguous().clone() for name, value in model.state_dict().items()}
+        tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
         for name, parameter in model.named_parameters():
             for key, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{key}.{name}"] = value.detach().contiguous().clone()
-        write_bytes(self.folder / STATE, save(tensors, {"counters": json.dumps(counters)}))
+                tensors[f"optimizer.{key}.{name}"] = value
+        self.put(tensors, counters)
+
+    def put(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
+        """Replace the checkpoint by tensors and counters of the caller's own naming.
+
+        Raises:
+            OutputPathError: it cannot be written; the checkpoint before it stays.
+        """
+        write_tensors(self.folder / STATE, tensors, {"counters": json.dumps(counters)})
+
+    def take(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The checkpoint's tensors and counters; None where none was written yet.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        path = self.folder / STATE
+        if not path.exists():
+            return None
+        tensors, header = read_tensors(path)
+        try:
+            return tensors, json.loads(header["counters"])
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(f"{STATE} must be a whole checkpoint of this run; {path} has no counters. {AGAIN}") from error
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
         """Put the checkpoint back and return its counters; None where none was written yet.
@@ -81,19 +104,16 @@ class Run:
         Raises:
             CheckpointError: the file is damaged or belongs to another model.
         """
-        from safetensors import SafetensorError, safe_open
-
-        path = self.folder / STATE
-        if not path.exists():
+        found = self.take()
+        if found is None:
             return None
+        tensors, counters = found
         try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                counters = json.loads((file.metadata() or {})["counters"])
             model.load_state_dict({n.removeprefix("model."): v for n, v in tensors.items() if n.startswith("model.")})
-        except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+        except RuntimeError as error:
+            path = self.folder / STATE
             raise CheckpointError(
-                f"{STATE} must be a whole checkpoint of this run; reading {path} failed: {str(error).splitlines()[0]}. Delete the folder and start again."
+                f"{STATE} must be a whole checkpoint of this run; reading {path} failed: {str(error).splitlines()[0]}. {AGAIN}"
             ) from error
         for name, parameter in model.named_parameters():
             keys = {n.split(".")[1] for n in tensors if n.startswith("optimizer.") and n.split(".", 2)[2] == name}
@@ -134,13 +154,22 @@ def compare(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> 
     Raises:
         CheckpointError: an entry differs.
     """
-    different = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
+    one, other = flatten(found), flatten(wanted)
+    different = [key for key in sorted({*one, *other}) if one.get(key) != other.get(key)]
     if different:
         key = different[0]
         raise CheckpointError(
-            f"{key} must be what the run in {path} was started with, {short(found.get(key))}; got {short(wanted.get(key))}. "
+            f"{key} must be what the run in {path} was started with, {short(one.get(key))}; got {short(other.get(key))}. "
             "Use the same options, or another folder."
         )
+
+
+def flatten(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Entries under dotted names, such as "task.K"."""
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        out |= flatten(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
+    return out
 
 
 def short(value: Any) -> str:
@@ -158,17 +187,56 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path.name} must be readable JSON; {path} is not ({error}). Delete the folder and start again.") from error
+        raise CheckpointError(f"{path.name} must be readable JSON; {path} is not ({error}). {AGAIN}") from error
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write under a temporary name, flush, rename."""
+    """Write under a temporary name, flush, rename.
+
+    Raises:
+        OutputPathError: the disk is full or the folder cannot be written; a file that was there stays as it was.
+    """
     temporary = path.with_name(path.name + ".part")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OutputPathError(
+            f"{path.name} must be written to {path.parent}; that failed ({error.strerror}). What was there is untouched: make room and resume."
+        ) from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """Tensors as safetensors, under a temporary name first.
+
+    Raises:
+        OutputPathError: see `write_bytes`.
+    """
+    from safetensors.torch import save
+
+    write_bytes(path, save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, dict(header)))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of a safetensors file.
+
+    Raises:
+        CheckpointError: the file is damaged or cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path.name} must be a whole checkpoint; reading {path} failed: {str(error).splitlines()[0]}. {AGAIN}"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
