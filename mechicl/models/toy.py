@@ -1,167 +1,33 @@
 """Toy transformers behind the interface of the big ones: same hook names, same batches.
 
-`ToyTransformer` is a small decoder with TransformerLens' hook points in its forward pass. `mechicl.models.planted` sets its weights by hand;
-`mechicl.models.toy_prompts` has its words and prompts.
+`ToyTransformer` is a small decoder with TransformerLens' hook points in its forward pass, over token ids or over vectors (the data of
+`mechicl.data.gaussian`, a second modality included). `mechicl.models.planted` sets its weights by hand; `mechicl.models.toy_presets` has the
+architectures of the papers.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mechicl.errors import OptionError
-from mechicl.models.hooked import Hooked, HookedConfig, HookPoint, RowReducer
+from mechicl.errors import MissingInputError, OptionError
+from mechicl.models.hooked import Hooked, HookPoint, RowReducer
+from mechicl.models.positions import alibi_slopes, one_hot, rope_tables, rotate
+from mechicl.models.toy_config import Positions, ToyConfig, toy_config
+from mechicl.models.toy_parts import Setting, ToyAttention, ToyBlock, ToyClassifier, ToyMLP, ToyNorm
 from mechicl.models.toy_prompts import ToyRenderer
 from mechicl.prompts.batch import Batch
 from mechicl.prompts.episode import Episode
 
-Positions = Literal["none", "learned", "rope"]
+__all__ = ["Positions", "ToyAttention", "ToyBlock", "ToyConfig", "ToyMLP", "ToyNorm", "ToyTransformer", "rotate", "toy_config"]
 
-
-@dataclass(frozen=True)
-class ToyConfig(HookedConfig):
-    """Sizes of a `ToyTransformer`, under TransformerLens' names.
-
-    `positions`: nothing, an embedding added to the tokens (rows of W_pos), or RoPE on queries and keys. `output_projection`: without it the heads'
-    outputs are laid side by side into the stream (n_heads * d_head must be d_model). `norm`: an RMS norm before each part and before the logits.
-    """
-
-    positions: Positions = "learned"
-    output_projection: bool = True
-    norm: bool = False
-    rope_theta: float = 1e4
-
-
-def toy_config(
-    *,
-    n_layers: int = 2,
-    n_heads: int = 2,
-    d_model: int = 64,
-    d_head: int = 16,
-    d_vocab: int = 66,
-    n_ctx: int = 64,
-    d_mlp: int | None = None,
-    positions: Positions = "learned",
-    output_projection: bool = True,
-    norm: bool = False,
-    name: str = "toy",
-) -> ToyConfig:
-    """A `ToyConfig`, checked. `d_mlp=None` is an attention-only transformer.
-
-    Raises:
-        OptionError: sizes that do not fit together.
-    """
-    if not output_projection and n_heads * d_head != d_model:
-        raise OptionError(
-            f"n_heads * d_head must equal d_model without an output projection; got {n_heads} * {d_head} and {d_model}. Change one."
-        )
-    if positions == "rope" and d_head % 2:
-        raise OptionError(f"d_head must be even for RoPE; got {d_head}. Add one.")
-    return ToyConfig(
-        model_name=name, model_type="toy", n_layers=n_layers, n_heads=n_heads, n_key_value_heads=n_heads, d_model=d_model, d_head=d_head,
-        d_vocab=d_vocab, n_ctx=n_ctx, d_mlp=d_mlp, normalization_type="RMS" if norm else None, final_rms=norm, attn_only=d_mlp is None,
-        positions=positions, output_projection=output_projection, norm=norm,
-    )  # fmt: skip
-
-
-class ToyNorm(nn.Module):
-    """RMS norm with TransformerLens' two hook points."""
-
-    def __init__(self, d_model: int) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.ones(d_model))
-        self.hook_scale, self.hook_normalized = HookPoint(), HookPoint()
-
-    def forward(self, x: Tensor) -> Tensor:
-        scale = self.hook_scale((x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt())
-        return self.hook_normalized(x / scale * self.w)
-
-
-class ToyAttention(nn.Module):
-    """Causal attention. Weights in TransformerLens' shapes: W_Q, W_K, W_V [head, d_model, d_head], W_O [head, d_head, d_model]."""
-
-    W_O: Tensor
-
-    def __init__(self, cfg: ToyConfig) -> None:
-        super().__init__()
-        self.cfg = cfg
-        shape = (cfg.n_heads, cfg.d_model, cfg.d_head)
-        self.W_Q, self.W_K, self.W_V = (nn.Parameter(torch.zeros(shape)) for _ in range(3))
-        out = torch.zeros(cfg.n_heads, cfg.d_head, cfg.d_model)
-        if cfg.output_projection:
-            self.W_O = nn.Parameter(out)
-        else:  # head h owns the coordinates [h * d_head, (h + 1) * d_head)
-            self.register_buffer("W_O", torch.eye(cfg.d_model).reshape(cfg.n_heads, cfg.d_head, cfg.d_model))
-        self.hook_q, self.hook_k, self.hook_v, self.hook_z = HookPoint(), HookPoint(), HookPoint(), HookPoint()
-        self.hook_attn_scores, self.hook_pattern = HookPoint(), HookPoint()
-        if cfg.positions == "rope":
-            self.hook_rot_q, self.hook_rot_k = HookPoint(), HookPoint()
-
-    def forward(self, x: Float[Tensor, "batch pos d_model"], allowed: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-        """Output [batch, pos, d_model] and the pattern [batch, head, dest, src]. `allowed` [batch, 1, dest, src], `place` [batch, pos]."""
-        q = self.hook_q(torch.einsum("bpm,hmd->bphd", x, self.W_Q))
-        k = self.hook_k(torch.einsum("bpm,hmd->bphd", x, self.W_K))
-        v = self.hook_v(torch.einsum("bpm,hmd->bphd", x, self.W_V))
-        if self.cfg.positions == "rope":
-            q, k = self.hook_rot_q(rotate(q, place, self.cfg.rope_theta)), self.hook_rot_k(rotate(k, place, self.cfg.rope_theta))
-        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(self.cfg.d_head)
-        scores = self.hook_attn_scores(scores.masked_fill(~allowed, -math.inf))
-        pattern = self.hook_pattern(scores.softmax(-1))
-        z = self.hook_z(torch.einsum("bhqk,bkhd->bqhd", pattern, v))
-        return torch.einsum("bqhd,hdm->bqm", z, self.W_O), pattern
-
-
-def rotate(
-    x: Float[Tensor, "batch pos head d_head"], place: Int[Tensor, "batch pos"], theta: float = 1e4
-) -> Float[Tensor, "batch pos head d_head"]:
-    """RoPE: each pair (i, i + d_head / 2) is turned by place * theta^(-2i / d_head), so that scores depend on the offset only."""
-    half = x.shape[-1] // 2
-    angle = place[:, :, None, None] * theta ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1).to(x.dtype)
-
-
-class ToyMLP(nn.Module):
-    """Two matrices with a SiLU between them."""
-
-    def __init__(self, cfg: ToyConfig) -> None:
-        super().__init__()
-        assert cfg.d_mlp is not None
-        self.W_in, self.W_out = nn.Parameter(torch.zeros(cfg.d_model, cfg.d_mlp)), nn.Parameter(torch.zeros(cfg.d_mlp, cfg.d_model))
-        self.hook_pre, self.hook_post = HookPoint(), HookPoint()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.hook_post(nn.functional.silu(self.hook_pre(x @ self.W_in))) @ self.W_out
-
-
-class ToyBlock(nn.Module):
-    """Attention, then (where there is one) the MLP, each added to the stream."""
-
-    def __init__(self, cfg: ToyConfig) -> None:
-        super().__init__()
-        self.attn = ToyAttention(cfg)
-        self.hook_resid_pre, self.hook_attn_out, self.hook_resid_post = HookPoint(), HookPoint(), HookPoint()
-        self.ln1 = ToyNorm(cfg.d_model) if cfg.norm else None
-        self.mlp = ToyMLP(cfg) if cfg.d_mlp is not None else None
-        if self.mlp is not None:
-            self.hook_resid_mid, self.hook_mlp_out = HookPoint(), HookPoint()
-            self.ln2 = ToyNorm(cfg.d_model) if cfg.norm else None
-
-    def forward(self, x: Tensor, allowed: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.hook_resid_pre(x)
-        out, pattern = self.attn(x if self.ln1 is None else self.ln1(x), allowed, place)
-        x = x + self.hook_attn_out(out)
-        if self.mlp is not None:
-            x = self.hook_resid_mid(x)
-            x = x + self.hook_mlp_out(self.mlp(x if self.ln2 is None else self.ln2(x)))
-        return self.hook_resid_post(x), pattern
+Given = Batch | Mapping[str, Any] | Tensor
+"""A batch; its inputs; or the tokens alone: ids [batch, pos], or vectors [batch, pos, d_input]."""
 
 
 class ToyTransformer(Hooked):
@@ -170,33 +36,73 @@ class ToyTransformer(Hooked):
     Args:
         cfg: Sizes, from `toy_config`.
         renderer: Turns episodes into batches; needed for `render` only.
-        seed: Decides the initial weights, normal with variance 1 / d_model (queries and keys `sharpness` times as large).
-        sharpness: How peaked the attention is: about 1 bit of contrast at the default; larger values give patterns like a trained model's.
+        encoder: Reads the second modality, [m, *shape] -> [m, d_feature] (`models.encoders`); None: its values go to the projector as they are.
+        projector: From features to token vectors, [m, d_feature] -> [m, d_input]; None: the features are the tokens.
+        seed: Decides the initial weights. "fan_in": normal with variance 1 / inputs of the matrix (queries and keys `sharpness` times as large), embeddings
+            standard normal. "huang2026": normal with standard deviation 0.02 for attention, embeddings and W_U; torch's own default for MLPs. Encoder and
+            projector come initialised.
+        sharpness: How peaked the attention is with "fan_in": about 1 bit of contrast at the default; larger values give patterns like a trained model's.
     """
 
-    def __init__(self, cfg: ToyConfig, renderer: ToyRenderer | None = None, *, seed: int = 0, sharpness: float = 0.7) -> None:
+    def __init__(
+        self,
+        cfg: ToyConfig,
+        renderer: ToyRenderer | None = None,
+        *,
+        encoder: nn.Module | None = None,
+        projector: nn.Module | None = None,
+        seed: int = 0,
+        sharpness: float = 0.7,
+    ) -> None:
         super().__init__()
         self.cfg, self.seed, self._renderer = cfg, seed, renderer
-        self.W_E, self.W_U = nn.Parameter(torch.zeros(cfg.d_vocab, cfg.d_model)), nn.Parameter(torch.zeros(cfg.d_model, cfg.d_vocab))
+        if cfg.inputs == "tokens":
+            self.W_E = nn.Parameter(torch.zeros(cfg.d_vocab, cfg.d_model))
+        if cfg.classifier == "linear":
+            self.W_U = nn.Parameter(torch.zeros(cfg.d_model, cfg.d_vocab))
         self.hook_embed = HookPoint()
         if cfg.positions == "learned":
-            self.W_pos, self.hook_pos_embed = nn.Parameter(torch.zeros(cfg.n_ctx, cfg.d_model)), HookPoint()
+            self.W_pos = nn.Parameter(torch.zeros(cfg.n_ctx, cfg.d_model))
+        if cfg.positions == "learned" or cfg.one_hot:
+            self.hook_pos_embed = HookPoint()
+        if cfg.rotary:
+            self.register_buffer("rope", rope_tables(cfg.n_ctx, cfg.d_head, cfg.rope_theta), persistent=False)
+        if cfg.positions == "alibi":
+            self.register_buffer("slopes", alibi_slopes(cfg.n_heads), persistent=False)
         self.blocks = nn.ModuleList(ToyBlock(cfg) for _ in range(cfg.n_layers))
-        self.ln_final = ToyNorm(cfg.d_model) if cfg.norm else None
+        self.ln_final = ToyNorm(cfg.d_model, cfg.norm) if cfg.norm else None
+        if cfg.classifier == "mlp":
+            self.classifier = ToyClassifier(cfg)
         self._initialise(seed, sharpness)
+        self.encoder, self.projector = encoder, projector
+        if cfg.inputs == "vectors":
+            self.hook_image_features = HookPoint()
         self.setup()
 
     def _initialise(self, seed: int, sharpness: float) -> None:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                if name.endswith(".w"):
-                    continue
-                gain = sharpness if name.endswith(("W_Q", "W_K")) else 1.0
-                std = 1.0 if name in ("W_E", "W_pos") else gain / math.sqrt(parameter.shape[-2])
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+                last = name.split(".")[-1]
+                if last in ("w", "b") or last in ("b_Q", "b_K", "b_V"):
+                    continue  # norms start as they are, these biases at zero
+                feed = ".mlp." in name or name.startswith("classifier.")
+                if self.cfg.init == "huang2026" and feed:  # torch.nn.Linear's default, for weight and bias
+                    bound = _fan_in(self, name) ** -0.5
+                    parameter.copy_((2 * torch.rand(parameter.shape, generator=generator) - 1) * bound)
+                elif self.cfg.init == "huang2026":
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+                elif parameter.dim() > 1:
+                    gain = sharpness if last in ("W_Q", "W_K") else 1.0
+                    std = 1.0 if name in ("W_E", "W_pos") else gain * parameter.shape[-2] ** -0.5
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
-    def forward(self, batch: Batch | Mapping[str, Any] | Tensor, *, positions: Any = "last") -> Float[Tensor, "batch n vocab"]:
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.blocks[0].attn.W_Q.device  # type: ignore[union-attr, return-value]
+
+    def forward(self, batch: Given, *, positions: Any = "last") -> Float[Tensor, "batch n vocab"]:
         """Logits at the asked positions: "last" (n = 1), "all", or a LongTensor [n] or [batch, n]."""
         stream, _ = self._run(batch)
         if isinstance(positions, str):
@@ -207,53 +113,163 @@ class ToyTransformer(Hooked):
             where = self._last(batch) if positions == "last" else None
         else:
             where = self._checked(batch, positions)
-        if where is not None:
-            stream = _take(stream, where)
+        return self._logits(stream if where is None else _take(stream, where))
+
+    def classify(
+        self,
+        tokens: Float[Tensor, "batch pos d_input"],
+        second: Tensor | None = None,
+        position_ids: Int[Tensor, "batch pos"] | None = None,
+        *,
+        second_pos: Sequence[int] | None = None,
+    ) -> Float[Tensor, "batch vocab"]:
+        """Logits of whole sequences at their last position: the way to train, about twice as fast as `forward`.
+
+        The last layer is evaluated only where it is read. Nothing depends on the values of the data and nothing is changed in place, so it runs under
+        `torch.func.vmap` and `torch.compile` (`classify_with` takes other weights). It has no hook points and checks no places: use `forward` for those.
+
+        Args:
+            tokens: Vectors without padding (token ids [batch, pos] with `inputs="tokens"`).
+            second: Second modality, [batch, n_second, *shape], encoded and projected into its positions.
+            position_ids: Places, below `cfg.n_ctx` (`n_places`); None: 0, 1, ... See `positions.draw_places`.
+            second_pos: Positions of the second modality; None: `second_positions`.
+
+        Raises:
+            OptionError: called inside `hooks`, or the sequence is longer than the places.
+        """
+        if self.context_level:
+            raise OptionError("classify must not be called inside hooks; its path has no hook points. Call the model itself.")
+        n_pos = tokens.shape[1]
+        if n_pos > (self.cfg.n_places if self.cfg.one_hot else self.cfg.n_ctx):
+            raise OptionError(f"sequences must have at most {self.cfg.n_places if self.cfg.one_hot else self.cfg.n_ctx} tokens; got {n_pos}. Raise n_ctx and n_places.")  # fmt: skip
+        place = torch.arange(n_pos, device=tokens.device)[None] if position_ids is None else position_ids
+        content = self.W_E[tokens] if self.cfg.inputs == "tokens" else tokens
+        if second is not None:
+            n_second = second.shape[1]
+            where = torch.tensor(second_positions(n_pos, n_second) if second_pos is None else list(second_pos), device=tokens.device)
+            content = content.index_copy(1, where, self._features(second).to(content.dtype))
+        stream = self._stream(content)
+        code = self._place_code(place, stream.dtype)
+        stream = stream if code is None else stream + code
+        causal = torch.ones(n_pos, n_pos, dtype=torch.bool, device=tokens.device).tril()
+        at = self._setting(place, causal[None, None])
+        for layer, block in enumerate(self.blocks):
+            stream = cast(ToyBlock, block).plain(stream, at, last=layer == self.cfg.n_layers - 1)
+        return self._logits(stream[:, -1])
+
+    def _logits(self, stream: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
         if self.ln_final is not None:
             stream = self.ln_final(stream)
-        return stream @ self.W_U
+        return stream @ self.W_U if self.cfg.classifier == "linear" else self.classifier(stream)
 
-    def _run(self, batch: Batch | Mapping[str, Any] | Tensor, keep: Any = None) -> tuple[Tensor, list[Any]]:
+    def _run(self, batch: Given, keep: Any = None) -> tuple[Tensor, list[Any]]:
         """The stream after the last block, and for each layer what `keep(layer, pattern)` returned."""
-        ids, mask = self._tokens(batch)
-        n_pos = ids.shape[1]
+        inputs = _inputs(batch)
+        mask = self._mask(inputs)
+        n_pos = mask.shape[1]
         place = (mask.long().cumsum(1) - 1).clamp_min(0)
-        if int(place.max()) >= self.cfg.n_ctx:
-            raise OptionError(f"prompts must have at most n_ctx = {self.cfg.n_ctx} tokens; got {int(place.max()) + 1}. Use fewer shots.")
-        causal = torch.ones(n_pos, n_pos, dtype=torch.bool, device=ids.device).tril()
+        if (given := inputs.get("position_ids")) is not None:
+            place = given.to(mask.device)
+        limit = self.cfg.n_places if self.cfg.one_hot else self.cfg.n_ctx
+        if int(place.max()) >= limit or int(place.min()) < 0:
+            raise OptionError(f"prompts must have at most n_ctx = {limit} tokens; got {int(place.max()) + 1}. Use fewer shots.")
+        causal = torch.ones(n_pos, n_pos, dtype=torch.bool, device=mask.device).tril()
         # a padded position reads itself, so that its row stays a number
-        allowed = (causal & mask[:, None, :].bool() | torch.eye(n_pos, dtype=torch.bool, device=ids.device))[:, None]
-        stream = self.hook_embed(self.W_E[ids])
-        if self.cfg.positions == "learned":
-            stream = stream + self.hook_pos_embed(self.W_pos[place])
-        kept = []
+        allowed = (causal & mask[:, None, :].bool() | torch.eye(n_pos, dtype=torch.bool, device=mask.device))[:, None]
+        stream = self.hook_embed(self._content(inputs))
+        code = self._place_code(place, stream.dtype)
+        if code is not None:
+            stream = stream + self.hook_pos_embed(code)
+        at, kept = self._setting(place, allowed), []
         for layer, block in enumerate(self.blocks):
-            stream, pattern = block(stream, allowed, place)
+            stream, pattern = block(stream, at)
             kept.append(None if keep is None else keep(layer, pattern))
         return stream, kept
 
-    def _tokens(self, batch: Batch | Mapping[str, Any] | Tensor) -> tuple[Tensor, Tensor]:
-        given: Any = batch if isinstance(batch, Tensor) else (batch.inputs if isinstance(batch, Batch) else batch)["input_ids"]
-        mask = None if isinstance(batch, Tensor) else (batch.inputs if isinstance(batch, Batch) else batch).get("attention_mask")
-        ids = given.to(self.W_E.device)
-        return ids, torch.ones_like(ids) if mask is None else mask.to(ids.device)
+    def _content(self, inputs: Mapping[str, Any]) -> Float[Tensor, "batch pos d_model"]:
+        """The stream before places are added."""
+        if self.cfg.inputs == "tokens":
+            return self.W_E[inputs["input_ids"].to(self.device)]
+        content: Tensor = inputs["inputs_embeds"].to(self.device)
+        values = inputs.get("second_values")
+        if values is not None:
+            if inputs.get("second_pos") is None:
+                raise MissingInputError(
+                    "second_pos must come with second_values; it is missing. Give the position of every second-modality item."
+                )
+            where: Tensor = inputs["second_pos"].to(self.device)
+            features = self.hook_image_features(self._features(values.to(self.device))).to(content.dtype)
+            content = content.scatter(1, where[..., None].expand(-1, -1, content.shape[-1]), features)
+        return self._stream(content)
 
-    def _last(self, batch: Batch | Mapping[str, Any] | Tensor) -> Tensor:
+    def _features(self, values: Tensor) -> Float[Tensor, "batch n_second d_input"]:
+        """Second-modality values [batch, n_second, *shape] as token vectors."""
+        n = values.shape[:2]
+        features = values.flatten(0, 1)
+        if self.encoder is not None:
+            features = self.encoder(features)
+        if self.projector is not None:
+            features = self.projector(features)
+        if features.shape[1:] != (self.cfg.d_input,):
+            raise OptionError(
+                f"second-modality features must be d_input = {self.cfg.d_input} wide; got {tuple(features.shape[1:])}. Give the model a projector."
+            )
+        return features.unflatten(0, n)
+
+    def _stream(self, content: Tensor) -> Float[Tensor, "batch pos d_model"]:
+        """Vectors in their coordinates of the stream: n_places zeros, the vector, zeros."""
+        if self.cfg.inputs == "tokens":
+            return content
+        if content.shape[-1] != self.cfg.d_input:
+            raise OptionError(f"tokens must be d_input = {self.cfg.d_input} wide; got {content.shape[-1]}. Build the model for this task.")
+        before, after = self.cfg.n_places, self.cfg.d_model - self.cfg.n_places - self.cfg.d_input
+        return nn.functional.pad(content, (before, after)) if before or after else content
+
+    def _place_code(self, place: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """What places add to the stream."""
+        if self.cfg.positions == "learned":
+            return self.W_pos[place]
+        if self.cfg.one_hot:
+            return nn.functional.pad(one_hot(place, self.cfg.n_places, dtype), (0, self.cfg.d_model - self.cfg.n_places))
+        return None
+
+    def _setting(self, place: Tensor, allowed: Tensor) -> Setting:
+        if self.cfg.rotary:
+            cos, sin = cast(Tensor, self.rope)[:, place].unsqueeze(-2)
+            return Setting(allowed, cos, sin)
+        if self.cfg.positions == "alibi":
+            distance = place[:, None, :, None] - place[:, None, None, :]
+            return Setting(allowed, bias=-cast(Tensor, self.slopes)[:, None, None] * distance)
+        return Setting(allowed)
+
+    def _mask(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Attention mask [batch, pos] on the model's device."""
+        name, dim = ("input_ids", 2) if self.cfg.inputs == "tokens" else ("inputs_embeds", 3)
+        given = inputs.get(name)
+        if given is None or given.dim() != dim:
+            shape = "[batch, pos]" if dim == 2 else "[batch, pos, d_input]"
+            raise MissingInputError(
+                f"{name} must be given, {shape}; got {None if given is None else tuple(given.shape)}. The model reads {self.cfg.inputs}."
+            )
+        mask = inputs.get("attention_mask")
+        return torch.ones(given.shape[:2], dtype=torch.long, device=self.device) if mask is None else mask.to(self.device)
+
+    def _last(self, batch: Given) -> Tensor:
         if isinstance(batch, Batch):
-            return batch.query_pos.to(self.W_E.device)[:, None]
-        _, mask = self._tokens(batch)
+            return batch.query_pos.to(self.device)[:, None]
+        mask = self._mask(_inputs(batch))
         return (mask.shape[1] - 1 - mask.flip(1).argmax(1))[:, None]
 
     def _checked(self, batch: Any, positions: Any) -> Tensor:
-        n_pos = self._tokens(batch)[0].shape[1]
-        where = torch.as_tensor(positions, device=self.W_E.device)
+        n_pos = self._mask(_inputs(batch)).shape[1]
+        where = torch.as_tensor(positions, device=self.device)
         if where.numel() == 0 or int(where.max()) >= n_pos or int(where.min()) < -n_pos:
             raise OptionError(f"positions must be in 0..{n_pos - 1} (or negative, from the end); got {positions}. Count padding too.")
         return where % n_pos
 
     @torch.no_grad()
     def attention_rows(
-        self, batch: Batch | Mapping[str, Any], dest: Any = "last", *, layers: Sequence[int] | None = None, reduce: RowReducer | None = None
+        self, batch: Given, dest: Any = "last", *, layers: Sequence[int] | None = None, reduce: RowReducer | None = None
     ) -> list[Any]:
         """Attention of the asked positions, [batch, head, n_dest, src] for each layer (None for layers not asked for).
 
@@ -290,15 +306,48 @@ class ToyTransformer(Hooked):
     def describe(self) -> dict[str, Any]:
         """What `results.Provenance` needs to name this model."""
         versions = {p: importlib.metadata.version(p) for p in ("torch", "transformer-lens")}
-        dtype, device = str(self.W_E.dtype).removeprefix("torch."), str(self.W_E.device)
+        weight = cast(ToyBlock, self.blocks[0]).attn.W_Q
         return {
             "model": self.cfg.model_name,
             "revision": f"seed {self.seed}",
-            "dtype": dtype,
+            "dtype": str(weight.dtype).removeprefix("torch."),
             "attention": "toy",
-            "device": device,
+            "device": str(weight.device),
             "versions": versions,
         }
+
+
+class _Classify(nn.Module):
+    """`classify` as a module's forward, for torch.func.functional_call."""
+
+    def __init__(self, model: ToyTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.model.classify(*args, **kwargs)
+
+
+def classify_with(model: ToyTransformer, weights: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Float[Tensor, "batch vocab"]:
+    """`model.classify(...)` with other weights (names of `named_parameters`; what is not named keeps the model's): for `torch.func.vmap` over models."""
+    return torch.func.functional_call(_Classify(model), {f"model.{name}": value for name, value in weights.items()}, args, kwargs)
+
+
+def second_positions(n_pos: int, n_second: int) -> list[int]:
+    """Where the second modality stands in [m1, m2, label, ..., m1, m2] (METHODS A2): 1, 4, 7, ... and the last position."""
+    return [*range(1, 3 * (n_second - 1), 3), n_pos - 1]
+
+
+def _inputs(batch: Given) -> Mapping[str, Any]:
+    if isinstance(batch, Tensor):
+        return {"inputs_embeds" if batch.is_floating_point() else "input_ids": batch}
+    return batch.inputs if isinstance(batch, Batch) else batch
+
+
+def _fan_in(model: nn.Module, name: str) -> int:
+    """Inputs of the matrix that a weight or bias belongs to (b_in is W_in's)."""
+    parent, _, last = name.rpartition(".")
+    return int(getattr(model.get_submodule(parent), f"W_{last[2:]}").shape[0])
 
 
 def _take(x: Tensor, where: Tensor) -> Tensor:

@@ -1,0 +1,189 @@
+"""The parts of a toy transformer, with TransformerLens' hook points and weight names: norm, attention, MLPs, block, classifier."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from mechicl.models.hooked import HookPoint
+from mechicl.models.positions import turn, turn_interleaved_bug
+from mechicl.models.toy_config import ToyConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What attention needs to know beside the stream, the same in every layer.
+
+    Attributes:
+        allowed: Which positions may be read.
+        cos: RoPE's cosines of each position; None without RoPE.
+        sin: Its sines.
+        bias: ALiBi's penalties [batch or 1, head, dest, src]; None without ALiBi.
+    """
+
+    allowed: Bool[Tensor, "#batch one dest src"]
+    cos: Float[Tensor, "#batch pos one half"] | None = None
+    sin: Float[Tensor, "#batch pos one half"] | None = None
+    bias: Float[Tensor, "#batch head dest src"] | None = None
+
+
+class ToyNorm(nn.Module):
+    """RMS or layer norm (epsilon 1e-5) with TransformerLens' two hook points."""
+
+    def __init__(self, d_model: int, kind: str | None = "RMS") -> None:
+        super().__init__()
+        self.centred = kind == "LN"
+        self.w = nn.Parameter(torch.ones(d_model))
+        if self.centred:
+            self.b = nn.Parameter(torch.zeros(d_model))
+        self.hook_scale, self.hook_normalized = HookPoint(), HookPoint()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.centred:
+            x = x - x.mean(-1, keepdim=True)
+        scale = self.hook_scale((x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt())
+        x = x / scale * self.w
+        return self.hook_normalized(x + self.b if self.centred else x)
+
+
+class ToyAttention(nn.Module):
+    """Causal attention. Weights in TransformerLens' shapes: W_Q, W_K, W_V [head, d_model, d_head], W_O [head, d_head, d_model], b_Q ... [head, d_head]."""
+
+    W_O: Tensor
+
+    def __init__(self, cfg: ToyConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        shape = (cfg.n_heads, cfg.d_model, cfg.d_head)
+        self.W_Q, self.W_K, self.W_V = (nn.Parameter(torch.zeros(shape)) for _ in range(3))
+        if cfg.qkv_bias:
+            self.b_Q, self.b_K, self.b_V = (nn.Parameter(torch.zeros(cfg.n_heads, cfg.d_head)) for _ in range(3))
+        out = torch.zeros(cfg.n_heads, cfg.d_head, cfg.d_model)
+        if cfg.output_projection:
+            self.W_O = nn.Parameter(out)
+        else:  # head h owns the coordinates [h * d_head, (h + 1) * d_head)
+            self.register_buffer("W_O", torch.eye(cfg.d_model).reshape(cfg.n_heads, cfg.d_head, cfg.d_model))
+        self.hook_q, self.hook_k, self.hook_v, self.hook_z = HookPoint(), HookPoint(), HookPoint(), HookPoint()
+        self.hook_attn_scores, self.hook_pattern = HookPoint(), HookPoint()
+        if cfg.rotary:
+            self.hook_rot_q, self.hook_rot_k = HookPoint(), HookPoint()
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"], at: Setting) -> tuple[Tensor, Tensor]:
+        """Output [batch, pos, d_model] and the pattern [batch, head, dest, src]."""
+        q, k, v = self.hook_q(self._project(x, "Q")), self.hook_k(self._project(x, "K")), self.hook_v(self._project(x, "V"))
+        if self.cfg.rotary:
+            q, k = self.hook_rot_q(self._turn(q, at)), self.hook_rot_k(self._turn(k, at))
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(self.cfg.d_head)
+        if at.bias is not None:
+            scores = scores + at.bias
+        scores = self.hook_attn_scores(scores.masked_fill(~at.allowed, -math.inf))
+        pattern = self.hook_pattern(scores.softmax(-1))
+        z = self.hook_z(torch.einsum("bhqk,bkhd->bqhd", pattern, v))
+        return torch.einsum("bqhd,hdm->bqm", z, self.W_O), pattern
+
+    def plain(self, x: Float[Tensor, "batch pos d_model"], at: Setting, last: bool) -> Float[Tensor, "batch n d_model"]:
+        """The output without hook points, at the last position only (n = 1) or everywhere."""
+        q, k, v = self._project(x[:, -1:] if last else x, "Q"), self._project(x, "K"), self._project(x, "V")
+        if self.cfg.rotary:
+            q, k = self._turn(q, at), self._turn(k, at)
+        scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * self.cfg.d_head**-0.5
+        if at.bias is not None:
+            scores = scores + (at.bias[:, :, -1:] if last else at.bias)
+        if not last:  # the last position reads every position
+            scores = scores.masked_fill(~at.allowed, -math.inf)
+        z = (scores.softmax(-1) @ v.transpose(1, 2)).transpose(1, 2).flatten(2)
+        return z @ self.W_O.flatten(0, 1) if self.cfg.output_projection else z
+
+    def _project(self, x: Tensor, letter: str) -> Float[Tensor, "batch n head d_head"]:
+        weight: Tensor = getattr(self, f"W_{letter}")
+        out = (x @ weight.transpose(0, 1).flatten(1)).unflatten(-1, weight.shape[::2])
+        return out + getattr(self, f"b_{letter}") if self.cfg.qkv_bias else out
+
+    def _turn(self, x: Tensor, at: Setting) -> Tensor:
+        assert at.cos is not None
+        assert at.sin is not None
+        n = x.shape[1]
+        how = turn_interleaved_bug if self.cfg.positions == "rope_interleaved_bug" else turn
+        return how(x, at.cos[:, -n:], at.sin[:, -n:])
+
+
+class ToyMLP(nn.Module):
+    """Two matrices with a SiLU between them ("silu"); with biases and a GELU ("gelu"); or two ways in, one gating the other.
+
+    "swiglu": W_out(SiLU(x W_gate) * (x W_in)), no biases. "product": W_out(SiLU((x W_gate + b_gate) * (x W_in + b_in))) + b_out, the part that Huang et al.
+    2026 call SwiGLU and train.
+    """
+
+    def __init__(self, cfg: ToyConfig) -> None:
+        super().__init__()
+        assert cfg.d_mlp is not None
+        self.kind, wide = cfg.mlp, cfg.d_mlp
+        self.W_in, self.W_out = nn.Parameter(torch.zeros(cfg.d_model, wide)), nn.Parameter(torch.zeros(wide, cfg.d_model))
+        if self.kind in ("swiglu", "product"):
+            self.W_gate, self.hook_pre_linear = nn.Parameter(torch.zeros(cfg.d_model, wide)), HookPoint()
+        if self.kind in ("gelu", "product"):
+            self.b_in, self.b_out = nn.Parameter(torch.zeros(wide)), nn.Parameter(torch.zeros(cfg.d_model))
+        if self.kind == "product":
+            self.b_gate = nn.Parameter(torch.zeros(wide))
+        self.hook_pre, self.hook_post = HookPoint(), HookPoint()
+
+    def forward(self, x: Tensor) -> Tensor:
+        act = nn.functional.silu
+        if self.kind == "silu":
+            return self.hook_post(act(self.hook_pre(x @ self.W_in))) @ self.W_out
+        if self.kind == "gelu":
+            return self.hook_post(nn.functional.gelu(self.hook_pre(x @ self.W_in + self.b_in))) @ self.W_out + self.b_out
+        if self.kind == "swiglu":
+            return self.hook_post(act(self.hook_pre(x @ self.W_gate)) * self.hook_pre_linear(x @ self.W_in)) @ self.W_out
+        gate, value = self.hook_pre(x @ self.W_gate + self.b_gate), self.hook_pre_linear(x @ self.W_in + self.b_in)
+        return self.hook_post(act(gate * value)) @ self.W_out + self.b_out
+
+
+class ToyBlock(nn.Module):
+    """Attention, then (where there is one) the MLP, each added to the stream."""
+
+    def __init__(self, cfg: ToyConfig) -> None:
+        super().__init__()
+        self.attn = ToyAttention(cfg)
+        self.hook_resid_pre, self.hook_attn_out, self.hook_resid_post = HookPoint(), HookPoint(), HookPoint()
+        self.ln1 = ToyNorm(cfg.d_model, cfg.norm) if cfg.norm else None
+        self.mlp = ToyMLP(cfg) if cfg.mlp is not None else None
+        if self.mlp is not None:
+            self.hook_resid_mid, self.hook_mlp_out = HookPoint(), HookPoint()
+            self.ln2 = ToyNorm(cfg.d_model, cfg.norm) if cfg.norm else None
+
+    def forward(self, x: Tensor, at: Setting) -> tuple[Tensor, Tensor]:
+        x = self.hook_resid_pre(x)
+        out, pattern = self.attn(x if self.ln1 is None else self.ln1(x), at)
+        x = x + self.hook_attn_out(out)
+        if self.mlp is not None:
+            x = self.hook_resid_mid(x)
+            x = x + self.hook_mlp_out(self.mlp(x if self.ln2 is None else self.ln2(x)))
+        return self.hook_resid_post(x), pattern
+
+    def plain(self, x: Float[Tensor, "batch pos d_model"], at: Setting, last: bool) -> Float[Tensor, "batch n d_model"]:
+        """The stream after the block, at the last position only (n = 1) or everywhere; for training."""
+        out = self.attn.plain(x if self.ln1 is None else self.ln1(x), at, last)
+        x = (x[:, -1:] if last else x) + out
+        return x if self.mlp is None else x + self.mlp(x if self.ln2 is None else self.ln2(x))
+
+
+class ToyClassifier(nn.Module):
+    """From the stream to the logits through two hidden layers of ReLUs (Reddy 2024)."""
+
+    def __init__(self, cfg: ToyConfig) -> None:
+        super().__init__()
+        wide = cfg.d_classifier
+        self.W_1, self.b_1 = nn.Parameter(torch.zeros(cfg.d_model, wide)), nn.Parameter(torch.zeros(wide))
+        self.W_2, self.b_2 = nn.Parameter(torch.zeros(wide, wide)), nn.Parameter(torch.zeros(wide))
+        self.W_U, self.b_U = nn.Parameter(torch.zeros(wide, cfg.d_vocab)), nn.Parameter(torch.zeros(cfg.d_vocab))
+        self.hook_post_1, self.hook_post_2 = HookPoint(), HookPoint()
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
+        x = self.hook_post_1(torch.relu(x @ self.W_1 + self.b_1))
+        x = self.hook_post_2(torch.relu(x @ self.W_2 + self.b_2))
+        return x @ self.W_U + self.b_U
