@@ -95,9 +95,9 @@ def draw_places(cfg: ToyConfig, n: int, n_pos: int, generator: torch.Generator |
     """
     if not cfg.random_start:
         return None
-    room = (cfg.n_places if cfg.one_hot else cfg.n_ctx) - n_pos + 1
+    room = cfg.n_ctx - n_pos + 1
     if room < 1:
-        raise OptionError(f"n_places must be at least the sequence's length {n_pos}; got {room + n_pos - 1}. Add places.")
+        raise OptionError(f"n_ctx must be at least the sequence's length {n_pos}; got {cfg.n_ctx}. Add places.")
     device = generator.device if generator is not None else None
     start = torch.randint(room, (n, 1), generator=generator, device=device)
     return start + torch.arange(n_pos, device=device)

@@ -131,7 +131,7 @@ class ToyTransformer(Hooked):
         Args:
             tokens: Vectors without padding (token ids [batch, pos] with `inputs="tokens"`).
             second: Second modality, [batch, n_second, *shape], encoded and projected into its positions.
-            position_ids: Places, below `cfg.n_ctx` (`n_places`); None: 0, 1, ... See `positions.draw_places`.
+            position_ids: Places, below `cfg.n_ctx`; None: 0, 1, ... See `positions.draw_places`.
             second_pos: Positions of the second modality; None: `second_positions`.
 
         Raises:
@@ -140,8 +140,8 @@ class ToyTransformer(Hooked):
         if self.context_level:
             raise OptionError("classify must not be called inside hooks; its path has no hook points. Call the model itself.")
         n_pos = tokens.shape[1]
-        if n_pos > (self.cfg.n_places if self.cfg.one_hot else self.cfg.n_ctx):
-            raise OptionError(f"sequences must have at most {self.cfg.n_places if self.cfg.one_hot else self.cfg.n_ctx} tokens; got {n_pos}. Raise n_ctx and n_places.")  # fmt: skip
+        if n_pos > self.cfg.n_ctx:
+            raise OptionError(f"sequences must have at most n_ctx = {self.cfg.n_ctx} tokens; got {n_pos}. Build the model for longer ones.")
         place = torch.arange(n_pos, device=tokens.device)[None] if position_ids is None else position_ids
         content = self.W_E[tokens] if self.cfg.inputs == "tokens" else tokens
         if second is not None:
@@ -170,9 +170,8 @@ class ToyTransformer(Hooked):
         place = (mask.long().cumsum(1) - 1).clamp_min(0)
         if (given := inputs.get("position_ids")) is not None:
             place = given.to(mask.device)
-        limit = self.cfg.n_places if self.cfg.one_hot else self.cfg.n_ctx
-        if int(place.max()) >= limit or int(place.min()) < 0:
-            raise OptionError(f"prompts must have at most n_ctx = {limit} tokens; got {int(place.max()) + 1}. Use fewer shots.")
+        if int(place.max()) >= self.cfg.n_ctx or int(place.min()) < 0:
+            raise OptionError(f"prompts must have at most n_ctx = {self.cfg.n_ctx} tokens; got {int(place.max()) + 1}. Use fewer shots.")
         causal = torch.ones(n_pos, n_pos, dtype=torch.bool, device=mask.device).tril()
         # a padded position reads itself, so that its row stays a number
         allowed = (causal & mask[:, None, :].bool() | torch.eye(n_pos, dtype=torch.bool, device=mask.device))[:, None]

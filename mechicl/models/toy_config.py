@@ -100,7 +100,7 @@ def toy_config(
         d_model: Width of the stream; None: 64 for token ids, n_places + d_input for vectors.
         d_head: None: 16 for token ids with an output projection, else d_model / n_heads.
         d_vocab: Tokens, or labels (vectors): the number of logits.
-        n_ctx: Places that the positions can tell apart, and so the longest prompt.
+        n_ctx: Places that the positions can tell apart, and so the longest prompt; with one-hot positions it is n_places.
         d_mlp: Hidden units of the MLP; None: none, or with `mlp` d_model ("product", whose matrices are square) or 4 * d_model.
         norm: "RMS", "LN", None; True is "RMS".
         mlp: "silu", "gelu": two matrices; "swiglu": gated by a SiLU; "product": SiLU of the product of two maps (Huang et al. 2026). None with `d_mlp` is "silu".
@@ -124,6 +124,7 @@ def toy_config(
     vectors = inputs == "vectors"
     d_input = (64 if d_input is None else d_input) if vectors else 0
     n_places = (n_ctx if positions in ONE_HOT else 0) if n_places is None else n_places
+    n_ctx = n_places if positions in ONE_HOT else n_ctx
     d_model = (d_input + n_places if vectors else 64) if d_model is None else d_model
     if d_head is None:
         d_head = 16 if output_projection and not vectors else d_model // n_heads
@@ -153,17 +154,13 @@ def _check(cfg: ToyConfig) -> None:
         )
     if cfg.rotary and cfg.d_head % 2:
         raise OptionError(f"d_head must be even for RoPE; got {cfg.d_head}. Add one (to n_places, where the width follows from it).")
-    if cfg.mlp == "product" and cfg.d_mlp is not None and cfg.d_mlp < 1:
-        raise OptionError(f"d_mlp must be at least 1; got {cfg.d_mlp}. Leave it out for d_model.")
+    if cfg.d_mlp is not None and cfg.d_mlp < 1:
+        raise OptionError(f"d_mlp must be at least 1; got {cfg.d_mlp}. Leave it out for the default.")
     if cfg.one_hot and cfg.inputs == "tokens":
         raise OptionError(f'inputs must be "vectors" for positions {cfg.positions!r}; got "tokens". Token ids have learned places or RoPE.')
     if cfg.inputs == "vectors" and cfg.d_model < cfg.d_input + cfg.n_places:
         raise OptionError(
             f"d_model must be at least d_input + n_places = {cfg.d_input} + {cfg.n_places}; got {cfg.d_model}. Leave it out to have it follow."
-        )
-    if cfg.one_hot and not 1 <= cfg.n_places <= cfg.n_ctx:
-        raise OptionError(
-            f"n_places must be 1..n_ctx = {cfg.n_ctx} for one-hot positions; got {cfg.n_places}. It is the number of places, at least the longest sequence."
         )
     if cfg.random_start and not cfg.one_hot and cfg.positions != "learned":
         raise OptionError(
