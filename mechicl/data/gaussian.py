@@ -1,0 +1,329 @@
+"""Sequences of Gaussian mixtures, one and two modalities: drawn all at once, with the truth about every slot.
+
+The paper's unimodal and multimodal data (Huang et al. 2026, after Reddy 2024). A draw first tosses its coins in a fixed order (a few numbers for each
+sequence, the novel class means where needed, then the noise), so a generator's state decides everything but the world; then it reads tokens from a
+table of label vectors and class means by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechicl.data.choose import Chosen, choose, known_classes, n_coins
+from mechicl.data.toy_tasks import Layout, MultimodalTask, Split, Task, UnimodalTask, chance, check_split, layout
+from mechicl.data.worlds import Tables, World, check_alike, tables, world
+from mechicl.errors import OptionError
+
+__all__ = [
+    "Draw", "Layout", "MultimodalTask", "Split", "Task", "UnimodalTask", "World", "chance", "draw", "draw_many", "draw_second", "layout",
+    "second_shape", "world",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """Sequences and the truth about them. From `draw_many` every tensor has a leading axis for the tasks.
+
+    Attributes:
+        tokens: Vectors of the sequence; the second modality's slots are zero.
+        target: The right label of the query.
+        item: Class of every exemplar's item; novel classes count from K (K1) on.
+        label: Label of every exemplar, as shown.
+        query: Class of the query's item: what its token shows, if it shows any.
+        right: Exemplars whose label is the target.
+        same: Exemplars of the query's class; in multimodal sequences of its pair of classes (of its second class where m1_query is not "on").
+        second: What the encoder reads, the N exemplars' and then the query's; None in unimodal sequences. Vectors, or pictures in [0, 1] plus noise.
+        item2, query2: Classes of the second modality, novel ones from K2 on; None in unimodal sequences.
+        layout: Where everything stands.
+        task: The task (of `draw_many`: the first).
+        split: Which split.
+        tasks: All tasks of `draw_many`; else empty.
+    """
+
+    tokens: Float[Tensor, "*model n pos d"]
+    target: Int[Tensor, "*model n"]
+    item: Int[Tensor, "*model n slot"]
+    label: Int[Tensor, "*model n slot"]
+    query: Int[Tensor, "*model n"]
+    right: Bool[Tensor, "*model n slot"]
+    same: Bool[Tensor, "*model n slot"]
+    layout: Layout
+    task: Task
+    second: Float[Tensor, "*model n shown ..."] | None = None
+    item2: Int[Tensor, "*model n slot"] | None = None
+    query2: Int[Tensor, "*model n"] | None = None
+    split: Split = "train"
+    tasks: tuple[Task, ...] = ()
+
+    @property
+    def n(self) -> int:
+        """Sequences (of each task)."""
+        return self.target.shape[-1]
+
+    def __len__(self) -> int:
+        return self.n
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Draw:
+        """The same with `function` applied to every tensor."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: function(value) for name, value in values.items() if isinstance(value, Tensor)})
+
+    def to(self, device: torch.device | str) -> Draw:
+        """The same on another device."""
+        return self.map(lambda x: x.to(device))
+
+    def rows(self, which: slice | Tensor) -> Draw:
+        """Some of the sequences of one task."""
+        return self.map(lambda x: x[which])
+
+    def member(self, k: int) -> Draw:
+        """What `draw` would have given for task k of `draw_many`."""
+        if not self.tasks:
+            raise OptionError("member must be asked of a draw of several tasks; got one of one task. Use draw_many.")
+        return replace(self.map(lambda x: x[k]), task=self.tasks[k], tasks=())
+
+
+def draw(task: Task, n: int, generator: torch.Generator, *, split: Split = "train", device: torch.device | str | None = None) -> Draw:
+    """n sequences of a task.
+
+    Args:
+        task: The settings; its seed decides the world.
+        n: How many.
+        generator: Decides everything else. It must live on the device of the draw.
+        split: What is drawn; see `Split`.
+        device: Only checked, against the generator's.
+
+    Raises:
+        OptionError: n below one, an unknown split, another device than the generator's.
+
+    Source:
+        Huang et al. 2026 and its released code. Differs: the class frequencies also hold where labels must not repeat; see `MultimodalTask.iid_pairs`
+        for sequences that are not bursty.
+    """
+    together = draw_many((task,), n, (generator,), split=split, device=device)
+    return replace(together.map(lambda x: x[0]), tasks=())
+
+
+def draw_many(
+    tasks: Sequence[Task],
+    n: int,
+    generators: Sequence[torch.Generator],
+    split: Split = "train",
+    *,
+    device: torch.device | str | None = None,
+) -> Draw:
+    """n sequences of each of several tasks, with a leading axis for the tasks: the same numbers as `draw` gives one by one.
+
+    Args:
+        tasks: Tasks that share their shape; see `mechicl.data.worlds.VARIES` for what may differ.
+        n: How many of each.
+        generators: One for each task, all on one device.
+        split: What is drawn.
+        device: Only checked, against the generators'.
+
+    Raises:
+        OptionError: as `draw`; tasks of different shapes; not one generator for each.
+    """
+    tasks = tuple(tasks)
+    _check(tasks, n, generators, split, device)
+    where = generators[0].device
+    found = tables(tasks, where)
+    novel = [split == "ic" or (split == "train" and task.p_C > 0) for task in tasks]
+    exact = torch.float32 if where.type == "mps" else torch.float64
+    coins = torch.empty(len(tasks), n, n_coins(tasks[0]), dtype=exact, device=where)
+    for k, generator in enumerate(generators):
+        coins[k].uniform_(generator=generator)
+    chosen = choose(found, coins, split)
+    news = _novel_rows(found, novel, generators)
+    at = layout(tasks[0])
+    tokens = _tokens(found, chosen, news, split == "ic", at)
+    _add_noise(tokens, found, at, generators)
+    second = _second(found, chosen, news, split == "ic", generators)
+    return Draw(
+        tokens=tokens, target=chosen.target, item=chosen.item, label=chosen.label, query=chosen.query,
+        right=chosen.label == chosen.target[..., None], same=_same(chosen, tasks[0]), layout=at, task=tasks[0], second=second, item2=chosen.item2,
+        query2=chosen.query2, split=split, tasks=tasks,
+    )  # fmt: skip
+
+
+def _check(tasks: tuple[Task, ...], n: int, generators: Sequence[torch.Generator], split: Split, device: torch.device | str | None) -> None:
+    check_split(split)
+    check_alike(tasks)
+    if n < 1:
+        raise OptionError(f"n must be at least 1; got {n}. Draw at least one sequence.")
+    if len(generators) != len(tasks):
+        raise OptionError(f"generators must be one for each of {len(tasks)} tasks; got {len(generators)}. Seed one for each.")
+    places = {generator.device for generator in generators} | ({torch.device(device)} if device is not None else set())
+    if len({(place.type, place.index or 0) for place in places}) > 1:
+        raise OptionError(
+            f"device must be the generator's own; got {', '.join(sorted(map(str, places)))}. Make it with torch.Generator(device=...)."
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Novel:
+    """What a draw knows of novel classes: for each task its label vectors, novel class means and a row of zeros; means of modality 2; held-out classes."""
+
+    rows: Float[Tensor, "model row d"]
+    rows2: Float[Tensor, "model row2 d2"] | None
+    picked: tuple[Tensor | None, ...]
+
+
+def _novel_rows(found: Tables, novel: list[bool], generators: Sequence[torch.Generator]) -> _Novel | None:
+    """Novel class means, drawn from each generator whose task needs some."""
+    if not any(novel):
+        return None
+    task, device = found.tasks[0], found.rows.device
+    n_tasks, size = len(found.tasks), task.L + task.n_items + 1
+    rows = torch.zeros(n_tasks, task.L + task.novel + 1, task.width, device=device)
+    rows[:, : task.L] = found.rows.view(n_tasks, size, -1)[:, : task.L]
+    rows2 = (
+        torch.zeros(n_tasks, task.novel2, task.D2, device=device) if isinstance(task, MultimodalTask) and found.rows2 is not None else None
+    )
+    picked: list[Tensor | None] = [None] * n_tasks
+    for k, generator in enumerate(generators):
+        if not novel[k]:
+            continue
+        rows[k, task.L : -1] = torch.randn(task.novel, task.width, generator=generator, device=device) * (found.scale1[k] / task.width**0.5)
+        if isinstance(task, MultimodalTask):
+            if rows2 is not None:
+                rows2[k] = torch.randn(task.novel2, task.D2, generator=generator, device=device) * (found.scale2[k] / task.D2**0.5)
+            else:
+                order = world(found.tasks[k]).order2
+                assert order is not None
+                held = order[task.K2 :].to(device)
+                picked[k] = held[torch.randperm(len(held), generator=generator, device=device)[: task.novel2]]
+    return _Novel(rows, rows2, tuple(picked))
+
+
+def _read(rows: Tensor, ids: Tensor) -> Tensor:
+    """Rows `ids` [model, n, ...] of each task's own block of `rows` ([model * size, d], or [model, size, d])."""
+    n_tasks, flat = len(ids), rows.flatten(0, -2)
+    if n_tasks > 1:
+        size = len(flat) // n_tasks
+        ids = ids + (torch.arange(n_tasks, device=ids.device) * size).view(-1, *(1,) * (ids.dim() - 1))
+    return flat.index_select(0, ids.flatten()).view(*ids.shape, flat.shape[-1])
+
+
+def _tokens(found: Tables, chosen: Chosen, news: _Novel | None, every: bool, at: Layout) -> Float[Tensor, "model n pos d"]:
+    """Label vectors and class means in their places, zeros where nothing stands; no noise yet."""
+    task = found.tasks[0]
+    items = torch.cat([chosen.item, chosen.query[..., None]], -1)
+    blank = isinstance(task, MultimodalTask) and task.m1_query == "off"
+
+    def ids(classes: Tensor, n_classes: int) -> Tensor:
+        where = torch.empty(*items.shape[:2], at.n_pos, dtype=torch.long, device=items.device)
+        zero = task.L + n_classes
+        where[..., 0 :: at.step] = classes + task.L
+        where[..., at.step - 1 :: at.step] = chosen.label
+        if at.step == 3:
+            where[..., 1::3] = zero
+        if blank:
+            where[..., at.query] = zero
+        return where
+
+    if news is None:
+        return _read(found.rows, ids(items, task.n_items))
+    new = _read(news.rows, ids((items - task.n_items).clamp_min(0), task.novel))
+    assert chosen.novel is not None
+    if every:
+        return new
+    old = _read(found.rows, ids(items.clamp_max(task.n_items - 1), task.n_items))
+    return torch.where(chosen.novel[..., None, None], new, old)
+
+
+def _add_noise(tokens: Tensor, found: Tables, at: Layout, generators: Sequence[torch.Generator]) -> None:
+    """Noise on every item and on the query (drawn, but not added, where the query's token is empty)."""
+    task = found.tasks[0]
+    noise = _noise((*tokens.shape[:2], task.N + 1, task.width), found.step1, generators, tokens.device)
+    blank = isinstance(task, MultimodalTask) and task.m1_query == "off"
+    last = at.query if blank else at.query + 1
+    tokens[..., 0 : last : at.step, :] += noise[:, :, :-1] if blank else noise
+
+
+def _noise(shape: tuple[int, ...], steps: Sequence[float], generators: Sequence[torch.Generator], device: torch.device) -> Tensor:
+    """Normal noise of standard deviation `steps`, each task's from its own generator."""
+    noise = torch.empty(shape, device=device)
+    for k, generator in enumerate(generators):
+        noise[k].normal_(generator=generator)
+    if len(set(steps)) == 1:
+        return noise.mul_(steps[0])
+    return noise.mul_(torch.tensor(steps, device=device).view(-1, *(1,) * (len(shape) - 1)))
+
+
+def _second(found: Tables, chosen: Chosen, news: _Novel | None, every: bool, generators: Sequence[torch.Generator]) -> Tensor | None:
+    """What the encoder reads, [model, n, N + 1, ...]."""
+    task = found.tasks[0]
+    if chosen.item2 is None or chosen.query2 is None or not isinstance(task, MultimodalTask):
+        return None
+    shown = torch.cat([chosen.item2, chosen.query2[..., None]], -1)
+    if found.rows2 is None:
+        return _pictures(found, shown, news, generators)
+    if news is None:
+        values = _read(found.rows2, shown)
+    else:
+        assert news.rows2 is not None
+        assert chosen.novel is not None
+        values = _read(news.rows2, (shown - task.K2).clamp_min(0))
+        if not every:
+            values = torch.where(chosen.novel[..., None, None], values, _read(found.rows2, shown.clamp_max(task.K2 - 1)))
+    return values.add_(_noise(tuple(values.shape), found.step2, generators, values.device))
+
+
+def _pictures(found: Tables, shown: Tensor, news: _Novel | None, generators: Sequence[torch.Generator]) -> Tensor:
+    """A picture of every class, each task's from its own bank."""
+    values = []
+    for k, (task, generator) in enumerate(zip(found.tasks, generators, strict=True)):
+        assert isinstance(task, MultimodalTask)
+        home = world(task)
+        assert home.bank is not None
+        assert home.order2 is not None
+        classes = home.order2[: task.K2].to(shown.device)
+        held = None if news is None else news.picked[k]
+        if held is not None:
+            classes = torch.cat([classes, held])
+        values.append(home.bank.draw(classes[shown[k]], generator, noise=float(task.eps2)))
+    return torch.stack(values)
+
+
+def _same(chosen: Chosen, task: Task) -> Bool[Tensor, "model n slot"]:
+    if chosen.item2 is None or chosen.query2 is None:
+        return chosen.item == chosen.query[..., None]
+    same = chosen.item2 == chosen.query2[..., None]
+    return same & (chosen.item == chosen.query[..., None]) if isinstance(task, MultimodalTask) and task.m1_query == "on" else same
+
+
+def second_shape(task: MultimodalTask) -> tuple[int, ...]:
+    """Shape of one item of the second modality: (D2,), or (channels, height, width)."""
+    bank = world(task).bank
+    return (task.D2,) if bank is None else bank.shape
+
+
+def draw_second(task: MultimodalTask, n: int, generator: torch.Generator) -> tuple[Float[Tensor, "n ..."], Int[Tensor, " n"]]:
+    """Items of the second modality alone, with their classes: what an encoder is pretrained on as a K2-way classifier.
+
+    Returns:
+        Items as in `Draw.second`; their classes, 0..K2-1, drawn by frequency.
+
+    Raises:
+        OptionError: n below one, or a task of one modality.
+
+    Source:
+        Huang et al. 2026, stage 3. Differs: classes by the task's frequencies (there: all alike for vectors).
+    """
+    if not isinstance(task, MultimodalTask) or n < 1:
+        raise OptionError(f"n must be at least 1 and the task multimodal; got {n} and {type(task).__name__}. Use a MultimodalTask.")
+    where = generator.device
+    found = tables((task,), where)
+    coins = torch.rand(1, n, 1, generator=generator, dtype=torch.float32 if where.type == "mps" else torch.float64, device=where)
+    classes = known_classes(found, 2).pick(coins)
+    if found.rows2 is None:
+        return _pictures(found, classes, None, (generator,))[0, :, 0], classes[0, :, 0]
+    values = _read(found.rows2, classes)
+    values.add_(_noise(tuple(values.shape), found.step2, (generator,), where))
+    return values[0, :, 0], classes[0, :, 0]
