@@ -5,6 +5,7 @@
     mechicl ablate --model demo --top 4 --by induction
     mechicl doctor Qwen/Qwen2.5-VL-3B-Instruct
     mechicl train vlm --family qwen2_5_vl --out runs/organism
+    mechicl sweep spec.toml --out runs/sweep --workers 2
 
 What can be refused is refused before a model is loaded. Numbers go to stdout, everything else to stderr; a mistake is one line and exit code 2.
 """
@@ -266,6 +267,39 @@ def train_vlm(
 
     folder = train(family, preset=preset, out=out, seed=seed, resume=resume, progress=not quiet)
     typer.echo(str(folder))
+
+
+@app.command()
+def sweep(
+    spec: Annotated[Path, typer.Argument(help="A TOML file of settings, grids and seeds; docs/sweeps.md has the format.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The sweep's folder; one that is there already is continued.")] = None,
+    workers: Annotated[int | None, typer.Option("--workers", "-w", min=1, help="Processes on this machine; by default one a core.")] = None,
+    together: Annotated[int, typer.Option(min=1, help="At most so many cells with the same shapes are trained in one batched step.")] = 16,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of each worker; by default the cores are shared out.")] = None,
+    ray_address: Annotated[str | None, typer.Option(help='A Ray cluster: "auto", host:port, or "local" to start one here.')] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained and about how long it takes, and stop.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train toys over a grid of settings and seeds. Killed, it goes on where it was; exit code 1 if a cell failed."""
+    from mechicl.training import sweep as sweeps
+
+    workers = workers or sweeps.cores()
+    if dry_run:
+        from mechicl.training.sweep_cost import outlook
+
+        for line in outlook(spec, out, together=together, workers=workers, threads=threads):
+            typer.echo(line)
+        return
+    if out is None:
+        raise OptionError("out must be given; got none. Add --out FOLDER, or --dry-run to see what would be trained.")
+    table = sweeps.run(spec, out, workers=workers, together=together, threads=threads, ray_address=ray_address, progress=not quiet)
+    failed = table.attrs["failed"]
+    for reason in failed.values():
+        typer.echo(f"No result: {reason}", err=True)
+    typer.echo(str(out / "results.parquet") if len(table) else str(out))
+    if failed:
+        typer.echo(f"{len(failed)} cells have no result; {out / 'failed'} says why.", err=True)
+        raise typer.Exit(1)
 
 
 def parse_heads(text: str) -> tuple[tuple[int, int], ...]:

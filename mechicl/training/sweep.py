@@ -1,0 +1,182 @@
+"""Many trainings over a grid of settings, on this machine or on a Ray cluster, that can be killed at any moment and run again.
+
+    from mechicl.training import sweep
+    table = sweep.run("spec.toml", "runs/k_by_code", workers=2)      # one tidy table; a second call does only what is missing
+    table = sweep.load("runs/k_by_code")
+
+A cell is one training; `mechicl.training.cells` says how a spec becomes cells, `sweep_store` what lies in the folder, `sweep_work` what a worker does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mechicl.errors import CheckpointError, OptionError
+from mechicl.training.cells import Cell, cells, groups, read_spec
+from mechicl.training.sweep_store import PLAN, RESULTS, Store, as_cell, read_results
+from mechicl.training.sweep_work import TRAINER, Outcome, parquet_bytes, work
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["TRAINER", "Outcome", "failures", "load", "parquet_bytes", "plan", "run"]
+
+SAVE_EVERY = 30.0
+"""Seconds between two writings of the results table while cells come in."""
+
+
+def run(
+    spec: str | os.PathLike[str] | Mapping[str, Any],
+    out: str | os.PathLike[str],
+    *,
+    workers: int = 1,
+    together: int = 16,
+    threads: int | None = None,
+    ray_address: str | None = None,
+    progress: bool = True,
+    trainer: str = TRAINER,
+) -> pd.DataFrame:
+    """Train every cell that the folder does not have yet and return all of them as one table.
+
+    Args:
+        spec: A TOML file, or a mapping of the same form.
+        out: The sweep's folder. One that holds the same sweep, or part of it, is continued.
+        workers: Processes on this machine; 1 trains in this process.
+        together: At most so many cells with the same shapes are trained in one batched step.
+        threads: Threads of each worker; by default the machine's cores are shared out.
+        ray_address: A Ray cluster's address ("auto", "host:port", "local" to start one here); `workers` then only decides how finely groups are cut.
+        trainer: The module that trains (see `mechicl.training.sweep_work`).
+
+    Returns:
+        A row per cell and measured step: cell, preset, seed, the settings that the spec's grids name, step, measures.
+        `attrs["failed"]` maps each cell without a table to its reason, `attrs["sweep"]` holds the spec.
+
+    Raises:
+        OptionError: a spec or an option that cannot be.
+        CheckpointError: the folder holds finished cells of another sweep.
+        OutputPathError: the folder cannot be written, or another driver is at work in it.
+    """
+    import importlib
+
+    import pandas as pd
+
+    if workers < 1:
+        raise OptionError(f"workers must be at least 1; got {workers}. Use 1 to train in this process.")
+    wanted = read_spec(spec)
+    module = importlib.import_module(trainer)
+    store = Store(out, wanted, cells(wanted, module.resolve))
+    with store.alone():
+        todo = store.missing()
+        jobs = groups(todo, module.alike, together if wanted.group else 1, workers)
+        if ray_address is not None:
+            from mechicl.training.sweep_ray import crew
+
+            outcomes = crew(jobs, address=ray_address, threads=threads or 1, trainer=trainer)
+        elif workers > 1:
+            from mechicl.training.sweep_local import crew
+
+            outcomes = crew(jobs, workers=workers, threads=threads or max(1, cores() // workers), trainer=trainer, logs=store.out / "logs")
+        else:
+            outcomes = alone(jobs, trainer, threads)
+        collect(store, outcomes, len(store.cells) - len(todo), progress)
+    frame = read_results(store.out / RESULTS) if (store.out / RESULTS).exists() else pd.DataFrame()
+    frame.attrs["failed"] = store.failures()
+    return frame
+
+
+def collect(store: Store, outcomes: Generator[Outcome], before: int, progress: bool) -> None:
+    """Keep outcomes as they come, and the results table now and then and at the end, also when the sweep is interrupted."""
+    import time
+
+    from tqdm import tqdm
+
+    saved = time.monotonic()
+    failed = 0
+    try:
+        with (
+            contextlib.closing(outcomes),
+            tqdm(total=len(store.cells), initial=before, unit="cell", desc="sweep", disable=not progress) as bar,
+        ):
+            for outcome in outcomes:
+                store.write(outcome)
+                bar.update()
+                if outcome.kind != "done":
+                    failed += 1
+                    if progress:
+                        bar.write(f"{outcome.kind}: {store.cells[outcome.cell].describe(store.names)}: {outcome.reason}", file=sys.stderr)
+                    bar.set_postfix(failed=failed)
+                if time.monotonic() - saved > SAVE_EVERY:
+                    store.assemble()
+                    saved = time.monotonic()
+    finally:
+        store.assemble()
+
+
+def alone(jobs: Sequence[Sequence[Cell]], trainer: str, threads: int | None) -> Generator[Outcome]:
+    """The groups one after another in this process."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        for job in jobs:
+            yield from work(trainer, [cell.id for cell in job], [cell.recipe for cell in job])
+    finally:
+        torch.set_num_threads(before)
+
+
+def load(out: str | os.PathLike[str]) -> pd.DataFrame:
+    """The results of a sweep, finished or not: a row per finished cell and measured step.
+
+    Args:
+        out: The sweep's folder, or a results table on its own.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    path = Path(out)
+    if path.is_dir():
+        path = path / RESULTS
+    if not path.is_file():
+        raise CheckpointError(
+            f"out must be a sweep's folder or its {RESULTS}; {path} does not exist. Run `mechicl sweep SPEC.toml --out {out}` first."
+        )
+    return read_results(path)
+
+
+def failures(out: str | os.PathLike[str]) -> dict[str, str]:
+    """Cell -> settings and reason, for each cell of a sweep that ended without a table.
+
+    Raises:
+        CheckpointError: no sweep's folder.
+    """
+    from mechicl.training.runs import read_json
+
+    found = {path.stem: read_json(path) for path in sorted((Path(out) / "failed").glob("*.json"))}
+    known = {name: as_cell(name, data) for name, data in read_json(Path(out) / PLAN)["cells"].items()}
+    return {cell: f"{data['cell']}: {data['reason']}" for cell, data in found.items() if cell in known}
+
+
+def plan(
+    spec: str | os.PathLike[str] | Mapping[str, Any], *, together: int = 16, workers: int = 1, trainer: str = TRAINER
+) -> list[tuple[Cell, ...]]:
+    """The groups that a sweep would train, without training any.
+
+    Raises:
+        OptionError: a spec or an option that cannot be.
+    """
+    import importlib
+
+    wanted = read_spec(spec)
+    module = importlib.import_module(trainer)
+    return groups(cells(wanted, module.resolve), module.alike, together if wanted.group else 1, workers)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,247 @@
+"""A sweep's folder: which cells were asked for, which are finished, which failed and why.
+
+    sweep.json               the spec and every cell with its whole recipe
+    cells/<cell>.parquet     one finished cell, one row group
+    failed/<cell>.json       why a cell has no table
+    results.parquet          every finished cell as one tidy table, one row group a cell
+    logs/<worker>.log        what the workers said
+Every file is written under a temporary name, flushed and renamed: a sweep killed at any moment leaves whole files only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from mechicl.errors import CheckpointError, OutputPathError
+from mechicl.training.cells import Cell, Spec, axis_names
+from mechicl.training.runs import read_json, short, write_bytes, write_text
+
+if TYPE_CHECKING:
+    from mechicl.training.sweep_work import Outcome
+
+PLAN = "sweep.json"
+RESULTS = "results.parquet"
+META = b"mechicl"
+
+
+class Store:
+    """The folder of one sweep, open for its only driver."""
+
+    def __init__(self, out: str | os.PathLike[str], spec: Spec, cells: Sequence[Cell]) -> None:
+        """Make the folder, or open that of the same sweep or of a smaller one.
+
+        Raises:
+            OutputPathError: it cannot be written, or holds other files.
+            CheckpointError: it holds finished cells that are not among `cells`.
+        """
+        self.out = Path(out)
+        self.cells = {cell.id: cell for cell in cells}
+        self.names = axis_names(spec)
+        try:
+            for part in ("cells", "failed", "logs"):
+                if (
+                    self.out.exists()
+                    and not (self.out / PLAN).exists()
+                    and any(p.name != ".lock" for p in self.out.iterdir())
+                    and part == "cells"
+                ):
+                    raise OutputPathError(
+                        f"out must be a new or empty folder, or a sweep's; {self.out} holds other files. Choose another folder."
+                    )
+                (self.out / part).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputPathError(
+                f"out must be a folder that can be written; got {self.out} ({error.strerror}). Choose another place."
+            ) from error
+        if (self.out / PLAN).exists():
+            self._agree(read_json(self.out / PLAN))
+        plan = {"spec": asdict(spec), "columns": self.names, "version": _version(),
+                "cells": {c.id: {"preset": c.preset, "seed": c.seed, "fields": c.fields, "labels": c.labels, "recipe": c.recipe} for c in cells}}  # fmt: skip
+        write_text(self.out / PLAN, json.dumps(plan, indent=1) + "\n")
+
+    def _agree(self, found: Mapping[str, Any]) -> None:
+        """What is finished must be asked for again; more may be asked for."""
+        gone = [cell for cell in finished(self.out) if cell not in self.cells]
+        if not gone:
+            return
+        old = {cell: as_cell(cell, data) for cell, data in found["cells"].items()}
+        example = old[gone[0]].describe(found["columns"]) if gone[0] in old else gone[0]
+        why = _difference(old[gone[0]], self.cells.values()) if gone[0] in old else ""
+        raise CheckpointError(
+            f"spec must still ask for the cells that are finished in {self.out}; {len(gone)} of them it does not, e.g. {example}{why}. "
+            "Cells may be added; for another sweep use another folder."
+        )
+
+    def missing(self) -> list[Cell]:
+        """Cells without a result, in the spec's order. A training that diverged is a result; one that failed otherwise is tried again."""
+        done = set(finished(self.out))
+        done |= {path.stem for path in (self.out / "failed").glob("*.json") if read_json(path)["kind"] == "diverged"}
+        return [cell for cell in self.cells.values() if cell.id not in done]
+
+    def write(self, outcome: Outcome) -> None:
+        """Keep how a cell ended.
+
+        Raises:
+            OutputPathError: the disk is full or gone.
+        """
+        failed = self.out / "failed" / f"{outcome.cell}.json"
+        try:
+            if outcome.table is not None:
+                write_bytes(self.out / "cells" / f"{outcome.cell}.parquet", outcome.table)
+                failed.unlink(missing_ok=True)
+            else:
+                cell = self.cells[outcome.cell]
+                about = {"kind": outcome.kind, "reason": outcome.reason, "cell": cell.describe(self.names), "detail": outcome.detail}
+                write_text(failed, json.dumps(about, indent=1) + "\n")
+        except OSError as error:
+            raise OutputPathError(
+                f"out must have room for the results; writing in {self.out} failed ({error.strerror}). Make room and run the same command again: finished cells are kept."
+            ) from error
+
+    def failures(self) -> dict[str, str]:
+        """Cell -> why it has no table."""
+        found = {path.stem: read_json(path) for path in sorted((self.out / "failed").glob("*.json"))}
+        return {cell: f"{data['cell']}: {data['reason']}" for cell, data in found.items() if cell in self.cells}
+
+    def assemble(self) -> Path | None:
+        """Write the results table from the finished cells; None where there is none yet."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        done = set(finished(self.out))
+        order = [cell for cell in self.cells.values() if cell.id in done]
+        if not order:
+            return None
+        files = {cell.id: self.out / "cells" / f"{cell.id}.parquet" for cell in order}
+        measures: dict[str, None] = {}
+        for path in files.values():
+            measures |= dict.fromkeys(name for name in _read(path).column_names if name != "step")
+        settings = {name: [cell.value(name) for cell in order] for name in self.names}
+        kinds = (
+            {"cell": pa.string(), "preset": pa.string(), "seed": pa.int64()}
+            | {n: _kind(v) for n, v in settings.items()}
+            | {"step": pa.int64()}
+        )
+        clash = sorted(set(kinds) & set(measures))
+        if clash:
+            raise CheckpointError(
+                f"a setting must not be called as a measure is; got {clash[0]!r}. Give the fields that change together another name."
+            )
+        about = json.dumps(
+            {"spec": read_json(self.out / PLAN)["spec"], "version": _version(), "cells": len(self.cells), "finished": len(order)}
+        )
+        schema = pa.schema([*kinds.items(), *((name, pa.float64()) for name in measures)], metadata={META: about.encode()})
+        temporary = self.out / (RESULTS + ".part")
+        with pq.ParquetWriter(temporary, schema) as writer:
+            for cell in order:
+                table = _read(files[cell.id])
+                n = table.num_rows
+                fixed = {"cell": cell.id, "preset": cell.preset, "seed": cell.seed} | {
+                    name: _plain(cell.value(name), kinds[name]) for name in self.names
+                }
+                columns = {name: pa.array([value] * n, kinds[name]) for name, value in fixed.items()} | {"step": table["step"]}
+                columns |= {name: table[name] if name in table.column_names else pa.nulls(n, pa.float64()) for name in measures}
+                writer.write_table(pa.table(columns, schema=schema), row_group_size=max(n, 1))
+        temporary.replace(self.out / RESULTS)
+        return self.out / RESULTS
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the folder for this driver; a lock ends with its process, however that ends.
+
+        Raises:
+            OutputPathError: another driver is at work in it.
+        """
+        with (self.out / ".lock").open("w") as file:
+            try:
+                import fcntl
+            except ImportError:  # not on this system: two drivers at once would only do the same cells twice
+                yield
+                return
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise OutputPathError(f"out must be free; another sweep is at work in {self.out}. Wait for it or stop it.") from error
+            yield
+
+
+def finished(out: Path) -> list[str]:
+    """Cells with a whole table in the folder."""
+    return sorted(path.stem for path in (out / "cells").glob("*.parquet"))
+
+
+def as_cell(name: str, data: Mapping[str, Any]) -> Cell:
+    """A cell of sweep.json."""
+    return Cell(name, data["preset"], data["seed"], data["fields"], data["recipe"], data["labels"])
+
+
+def read_results(path: Path) -> pd.DataFrame:
+    """A results table; what it was made from is in `attrs["sweep"]`.
+
+    Raises:
+        CheckpointError: it is not there or cannot be read.
+    """
+    table = _read(path)
+    frame = table.to_pandas()
+    frame.attrs["sweep"] = json.loads((table.schema.metadata or {}).get(META, b"{}"))
+    return frame
+
+
+def _read(path: Path) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(path).read()
+    except (OSError, pa.ArrowException) as error:
+        raise CheckpointError(
+            f"{path.name} must be a whole Parquet file; {path} is not ({error}). Delete it and run the sweep again."
+        ) from error
+
+
+def _difference(old: Cell, cells: Any) -> str:
+    """Where the same fields now give another recipe: which setting changed, e.g. a preset's."""
+    for cell in cells:
+        if (cell.preset, cell.seed, dict(cell.fields)) == (old.preset, old.seed, dict(old.fields)):
+            before, now = _flat(old.recipe), _flat(cell.recipe)
+            name = next(key for key in sorted({*before, *now}) if before.get(key) != now.get(key))
+            return f" (its {name} was {short(before.get(name))}, now {short(now.get(name))})"
+    return ""
+
+
+def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in recipe.items():
+        out |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {name: value}
+    return out
+
+
+def _kind(values: Sequence[Any]) -> Any:
+    """The Parquet type that holds every value of a setting."""
+    import pyarrow as pa
+
+    types = {type(value) for value in values if value is not None}
+    for held, kind in (({bool}, pa.bool_()), ({int}, pa.int64()), ({int, float}, pa.float64())):
+        if types and types <= held:
+            return kind
+    return pa.string()
+
+
+def _plain(value: Any, kind: Any) -> Any:
+    if value is None or str(kind) != "string":
+        return float(value) if value is not None and str(kind) == "double" else value
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _version() -> str:
+    from mechicl import __version__
+
+    return __version__
