@@ -29,21 +29,22 @@ def rope_tables(
 def turn(x: Float[Tensor, "*any d_head"], cos: Tensor, sin: Tensor) -> Float[Tensor, "*any d_head"]:
     """RoPE: each pair (i, i + d_head / 2) turned by its angle. `cos`, `sin` broadcast against [..., d_head / 2]."""
     half = x.shape[-1] // 2
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+    return x * _twice(cos) + torch.cat([-x[..., half:], x[..., :half]], -1) * _twice(sin)
 
 
 def turn_interleaved_bug(x: Float[Tensor, "*any d_head"], cos: Tensor, sin: Tensor) -> Float[Tensor, "*any d_head"]:
     """What the released code of Huang et al. 2026 does in place of RoPE; not a rotation, kept to compare with.
 
     RoPE is x cos + J x sin, where J turns each pair by 90 degrees and both coordinates of a pair have the same angle. There are two ways to lay out the
-    pairs: neighbours (2i, 2i + 1), or halves (i, i + d_head / 2). Here cos and sin are laid out for halves, but J x is taken from neighbours and its
-    two parts are put into the halves: coordinate i < d_head / 2 becomes x_i cos_i - x_{2i+1} sin_i, and i + d_head / 2 becomes
-    x_{i+d/2} cos_i + x_{2i} sin_i. Only the pair i = 0 is half right; norms are not kept, and scores depend on the places, not on the offset alone
-    (`offset_share`).
+    pairs: neighbours (2i, 2i + 1), or halves (i, i + d_head / 2). Here cos and sin are laid out for halves, but J x is taken from neighbours, and its two
+    parts are put into the halves: coordinate i < d_head / 2 becomes x_i cos_i - x_{2i+1} sin_i, and i + d_head / 2 becomes x_{i+d_head/2} cos_i + x_{2i} sin_i.
+    Norms are not kept, and scores depend on both places, not on their offset alone (`offset_share`).
     """
-    half = x.shape[-1] // 2
-    return torch.cat([x[..., :half] * cos - x[..., 1::2] * sin, x[..., half:] * cos + x[..., 0::2] * sin], -1)
+    return x * _twice(cos) + torch.cat([-x[..., 1::2], x[..., 0::2]], -1) * _twice(sin)
+
+
+def _twice(x: Tensor) -> Tensor:
+    return torch.cat([x, x], -1)
 
 
 def rotate(

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mechicl.errors import MissingInputError, OptionError
+from mechicl.models import toy_fast
 from mechicl.models.hooked import Hooked, HookPoint, RowReducer
 from mechicl.models.positions import alibi_slopes, one_hot, rope_tables, rotate
 from mechicl.models.toy_config import Positions, ToyConfig, toy_config
@@ -153,9 +154,10 @@ class ToyTransformer(Hooked):
         stream = stream if code is None else stream + code
         causal = torch.ones(n_pos, n_pos, dtype=torch.bool, device=tokens.device).tril()
         at = self._setting(place, causal[None, None])
-        for layer, block in enumerate(self.blocks):
-            stream = cast(ToyBlock, block).plain(stream, at, last=layer == self.cfg.n_layers - 1)
-        return self._logits(stream[:, -1])
+        *earlier, last = cast(Sequence[ToyBlock], self.blocks)
+        for part in earlier:
+            stream = toy_fast.block(part, stream, at)
+        return self._logits(toy_fast.last_block(last, stream, at))
 
     def _logits(self, stream: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
         if self.ln_final is not None:

@@ -13,6 +13,9 @@ from mechicl.models.hooked import HookPoint
 from mechicl.models.positions import turn, turn_interleaved_bug
 from mechicl.models.toy_config import ToyConfig
 
+EPSILON = 1e-5
+"""What a norm adds to the mean square."""
+
 
 @dataclass(frozen=True, eq=False)
 class Setting:
@@ -32,7 +35,7 @@ class Setting:
 
 
 class ToyNorm(nn.Module):
-    """RMS or layer norm (epsilon 1e-5) with TransformerLens' two hook points."""
+    """RMS or layer norm with TransformerLens' two hook points."""
 
     def __init__(self, d_model: int, kind: str | None = "RMS") -> None:
         super().__init__()
@@ -45,7 +48,7 @@ class ToyNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.centred:
             x = x - x.mean(-1, keepdim=True)
-        scale = self.hook_scale((x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt())
+        scale = self.hook_scale((x.pow(2).mean(-1, keepdim=True) + EPSILON).sqrt())
         x = x / scale * self.w
         return self.hook_normalized(x + self.b if self.centred else x)
 
@@ -85,19 +88,6 @@ class ToyAttention(nn.Module):
         z = self.hook_z(torch.einsum("bhqk,bkhd->bqhd", pattern, v))
         return torch.einsum("bqhd,hdm->bqm", z, self.W_O), pattern
 
-    def plain(self, x: Float[Tensor, "batch pos d_model"], at: Setting, last: bool) -> Float[Tensor, "batch n d_model"]:
-        """The output without hook points, at the last position only (n = 1) or everywhere."""
-        q, k, v = self._project(x[:, -1:] if last else x, "Q"), self._project(x, "K"), self._project(x, "V")
-        if self.cfg.rotary:
-            q, k = self._turn(q, at), self._turn(k, at)
-        scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * self.cfg.d_head**-0.5
-        if at.bias is not None:
-            scores = scores + (at.bias[:, :, -1:] if last else at.bias)
-        if not last:  # the last position reads every position
-            scores = scores.masked_fill(~at.allowed, -math.inf)
-        z = (scores.softmax(-1) @ v.transpose(1, 2)).transpose(1, 2).flatten(2)
-        return z @ self.W_O.flatten(0, 1) if self.cfg.output_projection else z
-
     def _project(self, x: Tensor, letter: str) -> Float[Tensor, "batch n head d_head"]:
         weight: Tensor = getattr(self, f"W_{letter}")
         out = (x @ weight.transpose(0, 1).flatten(1)).unflatten(-1, weight.shape[::2])
@@ -106,9 +96,8 @@ class ToyAttention(nn.Module):
     def _turn(self, x: Tensor, at: Setting) -> Tensor:
         assert at.cos is not None
         assert at.sin is not None
-        n = x.shape[1]
         how = turn_interleaved_bug if self.cfg.positions == "rope_interleaved_bug" else turn
-        return how(x, at.cos[:, -n:], at.sin[:, -n:])
+        return how(x, at.cos, at.sin)
 
 
 class ToyMLP(nn.Module):
@@ -164,12 +153,6 @@ class ToyBlock(nn.Module):
             x = self.hook_resid_mid(x)
             x = x + self.hook_mlp_out(self.mlp(x if self.ln2 is None else self.ln2(x)))
         return self.hook_resid_post(x), pattern
-
-    def plain(self, x: Float[Tensor, "batch pos d_model"], at: Setting, last: bool) -> Float[Tensor, "batch n d_model"]:
-        """The stream after the block, at the last position only (n = 1) or everywhere; for training."""
-        out = self.attn.plain(x if self.ln1 is None else self.ln1(x), at, last)
-        x = (x[:, -1:] if last else x) + out
-        return x if self.mlp is None else x + self.mlp(x if self.ln2 is None else self.ln2(x))
 
 
 class ToyClassifier(nn.Module):
