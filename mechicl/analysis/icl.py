@@ -124,7 +124,9 @@ def zero_shot_control(
     episodes = data.episodes if isinstance(data, Batch) else data
     if not episodes:
         return None
-    bare = [episodes[i].without_shots() for i in kept]
+    bare: Data = [episodes[i].without_shots() for i in kept]
+    if isinstance(data, Batch) and data.renderer is not None:  # who rendered the prompts knows how, also where the model does not
+        bare = data.renderer.render(bare).to(data.inputs["input_ids"].device)
     found, key, _ = answer(model, bare, score=score, batch_size=batch_size, what="zero-shot control", progress=progress)
     predicted, _ = predict(found[0].deciding(score), seed)
     return wilson(predicted == key.answers)
