@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from torch import nn
 
+from mechicl.data.gaussian import MultimodalTask, Task, layout, second_shape, world
 from mechicl.errors import OptionError
 from mechicl.models.toy import Positions, ToyBlock, ToyTransformer, toy_config
 from mechicl.models.toy_prompts import ToyRenderer
+from mechicl.prompts.vectors import VectorRenderer
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +99,74 @@ def planted_induction(
                 w_o[head, :size, before if layer == 0 else out] = eye
     idle = [(layer, h) for layer, heads in enumerate((previous, matching)) for h in range(n_heads) if h not in heads]
     return Planted(model, tuple((0, h) for h in previous), tuple((1, h) for h in matching), tuple(idle))
+
+
+def planted_vectors(task: Task, *, n_heads: int = 2, sharpness: float = 40.0, seed: int = 0) -> Planted:
+    """The induction circuit over vectors: a two-layer attention-only transformer that labels items of classes it has never seen.
+
+    One modality, [x, label, ...]: in layer 0 each token learns from its place what stood one before it (slot `two`); in layer 1 the query's x looks for
+    positions whose `two` is like it, which are labels, and copies them into `out`. Two modalities, [x, m2, label, ...]: two heads of layer 0 fetch what stood one
+    before (slot `one`) and two before (`two`), and the last token matches its `one`, the query's x, with `two`. The second modality is never used, so
+    taking it away costs nothing and taking the first away costs everything. The logits are inner products of `out` with the label vectors.
+
+    It knows no class: sequences whose context does not show the query's class are beyond it.
+
+    Args:
+        task: Its label vectors, widths and layout. A second modality enters through a random linear map.
+        n_heads: Heads per layer, at least one (two modalities: two).
+        sharpness: Attention score of a match (a mismatch has about 0 +- sharpness / sqrt(D)), and logit of a label fully attended to.
+        seed: Places of the planted heads and weights of the idle ones, which attend at random and write where nobody reads.
+
+    Raises:
+        OptionError: too few heads.
+    """
+    where = layout(task)
+    offsets = (1,) if where.query_second is None else (1, 2)
+    if n_heads < len(offsets):
+        raise OptionError(f"n_heads must be at least {len(offsets)} for this task; got {n_heads}. Add heads.")
+    labels, places, room = world(task).labels, where.n_pos, 8
+    width, size = labels.shape[1], max(labels.shape[1], where.n_pos) + 1
+    content, one, two, out = (slice(places + k * width, places + (k + 1) * width) for k in range(4))
+    cfg = toy_config(
+        n_layers=2, n_heads=n_heads, d_model=places + 4 * width + room, d_head=size, d_vocab=labels.shape[0], inputs="vectors", d_input=width,
+        positions="one_hot", n_places=places, random_start=False, name="planted induction on vectors",
+    )  # fmt: skip
+    projector = None
+    if isinstance(task, MultimodalTask):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            projector = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(second_shape(task)), width))
+    model = ToyTransformer(cfg, VectorRenderer(task), projector=projector, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    first, second = (torch.randperm(n_heads, generator=generator).tolist() for _ in range(2))
+    fetching, matching = first[: len(offsets)], second[:1]
+    score = math.sqrt(sharpness * math.sqrt(size))
+    with torch.no_grad():
+        model.W_U.zero_()[out] = labels.T * sharpness
+        for layer, heads in enumerate((fetching, matching)):
+            attn = cast(ToyBlock, model.blocks[layer]).attn
+            weights = (attn.W_Q.data, attn.W_K.data, attn.W_V.data, attn.W_O.data)
+            w_q, w_k, w_v, w_o = weights
+            w_o.zero_()[:, :, -room:] = torch.randn(n_heads, size, room, generator=generator) / math.sqrt(size)
+            for head in heads:
+                for weight in weights:
+                    weight[head] = 0.0
+                w_v[head, content, :width] = torch.eye(width)
+            if layer == 0:
+                for head, offset in zip(heads, offsets, strict=True):
+                    w_q[head, :places, :places] = torch.eye(places).roll(-offset, 1) * score  # place t asks for t - offset
+                    w_q[head, :offset] = 0.0  # the first tokens have nothing there
+                    w_k[head, :places, :places] = torch.eye(places) * score
+                    w_o[head, :width, two if offset == offsets[-1] else one] = torch.eye(width)
+            else:
+                w_q[heads[0], content if len(offsets) == 1 else one, :width] = torch.eye(width) * score
+                w_k[heads[0], two, :width] = torch.eye(width) * score
+                # what the first tokens fetched is not what stood before them: keep them from matching
+                w_q[heads[0], :places, -1], w_k[heads[0], : offsets[-1], -1] = score, -score
+                w_o[heads[0], :width, out] = torch.eye(width)
+    used = {(layer, head) for layer, heads in enumerate((fetching, matching)) for head in heads}
+    idle = tuple((layer, head) for layer in range(2) for head in range(n_heads) if (layer, head) not in used)
+    return Planted(model, tuple((0, head) for head in fetching), tuple((1, head) for head in matching), idle)
 
 
 def untrained(

@@ -21,8 +21,7 @@ from mechicl.models.hooked import Hooked, HookPoint, RowReducer
 from mechicl.models.positions import alibi_slopes, one_hot, rope_tables, rotate
 from mechicl.models.toy_config import Positions, ToyConfig, toy_config
 from mechicl.models.toy_parts import Setting, ToyAttention, ToyBlock, ToyClassifier, ToyMLP, ToyNorm
-from mechicl.models.toy_prompts import ToyRenderer
-from mechicl.prompts.batch import Batch
+from mechicl.prompts.batch import Batch, Renders
 from mechicl.prompts.episode import Episode
 
 __all__ = ["Positions", "ToyAttention", "ToyBlock", "ToyConfig", "ToyMLP", "ToyNorm", "ToyTransformer", "rotate", "toy_config"]
@@ -48,7 +47,7 @@ class ToyTransformer(Hooked):
     def __init__(
         self,
         cfg: ToyConfig,
-        renderer: ToyRenderer | None = None,
+        renderer: Renders | None = None,
         *,
         encoder: nn.Module | None = None,
         projector: nn.Module | None = None,
@@ -290,7 +289,7 @@ class ToyTransformer(Hooked):
         return self._run(batch, keep)[1]
 
     @property
-    def renderer(self) -> ToyRenderer:
+    def renderer(self) -> Any:
         """Turns episodes into batches.
 
         Raises:
