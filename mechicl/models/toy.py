@@ -21,6 +21,7 @@ from mechicl.models.hooked import Hooked, HookPoint, RowReducer
 from mechicl.models.positions import alibi_slopes, one_hot, rope_tables, rotate
 from mechicl.models.toy_config import Positions, ToyConfig, toy_config
 from mechicl.models.toy_parts import Setting, ToyAttention, ToyBlock, ToyClassifier, ToyMLP, ToyNorm
+from mechicl.models.toy_weights import ToyWeights, initialise
 from mechicl.prompts.batch import Batch, Renders
 from mechicl.prompts.episode import Episode
 
@@ -30,7 +31,7 @@ Given = Batch | Mapping[str, Any] | Tensor
 """A batch; its inputs; or the tokens alone: ids [batch, pos], or vectors [batch, pos, d_input]."""
 
 
-class ToyTransformer(Hooked):
+class ToyTransformer(ToyWeights, Hooked):
     """A small causal transformer with the surface of `HookedVLM`: what takes one takes the other.
 
     Args:
@@ -38,10 +39,9 @@ class ToyTransformer(Hooked):
         renderer: Turns episodes into batches; needed for `render` only.
         encoder: Reads the second modality, [m, *shape] -> [m, d_feature] (`models.encoders`); None: its values go to the projector as they are.
         projector: From features to token vectors, [m, d_feature] -> [m, d_input]; None: the features are the tokens.
-        seed: Decides the initial weights. "fan_in": normal with variance 1 / inputs of the matrix (queries and keys `sharpness` times as large), embeddings
-            standard normal. "huang2026": normal with standard deviation 0.02 for attention, embeddings and W_U; torch's own default for MLPs. Encoder and
-            projector come initialised.
-        sharpness: How peaked the attention is with "fan_in": about 1 bit of contrast at the default; larger values give patterns like a trained model's.
+        seed: Decides the initial weights (`toy_weights.initialise`). Encoder and projector come initialised.
+        sharpness: How peaked the attention is at first with init="fan_in": about 1 bit of contrast at the default; larger values give patterns like a
+            trained model's.
     """
 
     def __init__(
@@ -73,29 +73,12 @@ class ToyTransformer(Hooked):
         self.ln_final = ToyNorm(cfg.d_model, cfg.norm) if cfg.norm else None
         if cfg.classifier == "mlp":
             self.classifier = ToyClassifier(cfg)
-        self._initialise(seed, sharpness)
+        initialise(self, cfg, seed, sharpness)
         self.encoder, self.projector = encoder, projector
         if cfg.inputs == "vectors":
             self.hook_image_features = HookPoint()
         self.setup()
-
-    def _initialise(self, seed: int, sharpness: float) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                last = name.split(".")[-1]
-                if last in ("w", "b") or last in ("b_Q", "b_K", "b_V"):
-                    continue  # norms start as they are, these biases at zero
-                feed = ".mlp." in name or name.startswith("classifier.")
-                if self.cfg.init == "huang2026" and feed:  # torch.nn.Linear's default, for weight and bias
-                    bound = _fan_in(self, name) ** -0.5
-                    parameter.copy_((2 * torch.rand(parameter.shape, generator=generator) - 1) * bound)
-                elif self.cfg.init == "huang2026":
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
-                elif parameter.dim() > 1:
-                    gain = sharpness if last in ("W_Q", "W_K") else 1.0
-                    std = 1.0 if name in ("W_E", "W_pos") else gain * parameter.shape[-2] ** -0.5
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        self.eval()  # nothing here differs in training, and TransformerLens' patching refuses a model in training mode
 
     @property
     def device(self) -> torch.device:
@@ -342,12 +325,6 @@ def _inputs(batch: Given) -> Mapping[str, Any]:
     if isinstance(batch, Tensor):
         return {"inputs_embeds" if batch.is_floating_point() else "input_ids": batch}
     return batch.inputs if isinstance(batch, Batch) else batch
-
-
-def _fan_in(model: nn.Module, name: str) -> int:
-    """Inputs of the matrix that a weight or bias belongs to (b_in is W_in's)."""
-    parent, _, last = name.rpartition(".")
-    return int(getattr(model.get_submodule(parent), f"W_{last[2:]}").shape[0])
 
 
 def _take(x: Tensor, where: Tensor) -> Tensor:

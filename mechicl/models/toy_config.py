@@ -34,7 +34,7 @@ class ToyConfig(HookedConfig):
         d_input: Coordinates of a vector token. They lie behind the `n_places` coordinates of the place; the rest of the stream starts at zero.
         n_places: Coordinates of the one-hot place; 0 without one.
         classifier: From the last token to the logits: W_U, or an MLP with two hidden layers of `d_classifier` ReLU units.
-        init: Initial weights; see `ToyTransformer`.
+        init: Initial weights; see `toy_weights.initialise`.
         random_start: In training a sequence starts at a random place, so that every coordinate of the place is learnt (`positions.draw_places`).
         rope_theta: Base of RoPE's frequencies.
     """
