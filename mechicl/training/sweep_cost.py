@@ -1,4 +1,4 @@
-"""What a sweep would do and about how long it takes, from a few real steps of one group of each shape."""
+"""What a sweep would do and about how long it takes, from a few real steps of one group of each kind."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,27 @@ from mechicl.training.cells import Cell, axis_names, cells, groups, read_spec
 from mechicl.training.sweep_store import finished
 from mechicl.training.sweep_work import TRAINER
 
-STEPS = (4, 24)
-"""Steps of the two trials whose difference gives the cost of a step."""
-SHAPES = 8
-"""At most so many shapes are timed; the others are taken to cost their mean."""
+Job = Sequence[Cell]
+
+FEW, MORE = 4, 24
+"""Steps of two trials, whose difference is the cost of the steps between them."""
+KINDS = 8
+"""At most so many kinds of group are tried; the others are taken to cost the mean of those."""
+LINES = 40
+"""At most so many groups are listed."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds that a group takes once, for a step, and for one look at its measures."""
+
+    once: float
+    step: float
+    look: float
+
+    def total(self, recipe: Mapping[str, Any]) -> float:
+        """Seconds of a group with this recipe's steps and points."""
+        return self.once + self.step * int(recipe["steps"]) + self.look * int(recipe.get("points", 0))
 
 
 def outlook(
@@ -32,6 +50,7 @@ def outlook(
 
     Args:
         out: The sweep's folder, if it has one yet: finished cells are not counted.
+        together, workers, threads: As in `sweep.run`.
 
     Raises:
         OptionError: a spec or an option that cannot be.
@@ -42,54 +61,59 @@ def outlook(
     done = set(finished(Path(out))) if out is not None else set()
     todo = [cell for cell in every if cell.id not in done]
     jobs = groups(todo, module.alike, together if wanted.group else 1, workers)
-    lines = [
-        f"{len(every)} cells, {len(every) - len(todo)} finished, {len(todo)} to train in {len(jobs)} groups of at most {max(map(len, jobs), default=0)}"
-    ]
-    lines += [f"  {name}: {', '.join(str(v) for v in dict.fromkeys(str(c.value(name)) for c in every))}" for name in axis_names(wanted)]
-    lines.append(f"  seed: {', '.join(str(v) for v in sorted({c.seed for c in every}))}")
+    names = axis_names(wanted)
+    lines = [f"{len(every)} cells, {len(every) - len(todo)} finished, {len(todo)} to train in {len(jobs)} groups"]
+    lines += [f"  {name}: {', '.join(dict.fromkeys(str(cell.value(name)) for cell in every))}" for name in [*names, "seed"]]
     if not jobs:
         return lines
-    costs = _costs(jobs, module, threads)
-    hours = sum(cost for _, cost in costs) / workers / 3600
-    lines += [
-        f"  {len(job):>3} x {int(job[0].recipe['steps'])} steps: about {_time(cost)} ({job[0].describe(axis_names(wanted))}, ...)"
-        for job, cost in costs[:40]
-    ]
-    lines += [f"  and {len(costs) - 40} more groups"] if len(costs) > 40 else []
+    seconds = _seconds(jobs, module, threads)
+    for job, cost in list(zip(jobs, seconds, strict=True))[:LINES]:
+        rest = ", ..." if len(job) > 1 else ""
+        lines.append(f"  {len(job):>3} x {job[0].recipe['steps']} steps, {_time(cost)}: {job[0].describe(names)}{rest}")
+    if len(jobs) > LINES:
+        lines.append(f"  and {len(jobs) - LINES} more groups")
+    # the longest group is a floor: it cannot be shared
+    whole = max(sum(seconds) / workers, max(seconds))
     lines.append(
-        f"about {_time(hours * 3600)} with {workers} {'worker' if workers == 1 else 'workers'} as free as this process was now, without early stops"
+        f"about {_time(whole)} with {workers} {'worker' if workers == 1 else 'workers'}, on a machine as busy as now, without early stops"
     )
     return lines
 
 
-def _costs(jobs: Sequence[tuple[Cell, ...]], module: Any, threads: int | None) -> list[tuple[tuple[Cell, ...], float]]:
+def _seconds(jobs: Sequence[Job], module: Any, threads: int | None) -> list[float]:
     """Estimated seconds of every group."""
-    if threads is not None:
-        import torch
+    import torch
 
-        torch.set_num_threads(threads)
-    timed: dict[tuple[str, int], tuple[float, float]] = {}
-    for job in jobs:
-        shape = (module.alike(dict(job[0].recipe) | {"steps": 0}), len(job))
-        if shape not in timed and len(timed) < SHAPES:
-            timed[shape] = _trial(job, module)
-    spare = tuple(sum(x) / len(timed) for x in zip(*timed.values(), strict=True))
-    out = []
-    for job in jobs:
-        once, step = timed.get((module.alike(dict(job[0].recipe) | {"steps": 0}), len(job)), spare)
-        out.append((job, once + step * int(job[0].recipe["steps"])))
-    return out
+    kinds = [(module.alike(dict(job[0].recipe) | {"steps": 0}), len(job)) for job in jobs]
+    tried: dict[tuple[str, int], Cost] = {}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        _timed(jobs[0], module, steps=1)  # imports and first calls are not a cost of the sweep
+        for kind, job in zip(kinds, jobs, strict=True):
+            if kind not in tried and len(tried) < KINDS:
+                tried[kind] = _trial(job, module)
+    finally:
+        torch.set_num_threads(before)
+    parts = [(cost.once, cost.step, cost.look) for cost in tried.values()]
+    mean = Cost(*(sum(part) / len(parts) for part in zip(*parts, strict=True)))
+    return [tried.get(kind, mean).total(job[0].recipe) for kind, job in zip(kinds, jobs, strict=True)]
 
 
-def _trial(job: Sequence[Cell], module: Any) -> tuple[float, float]:
-    """Seconds that a group takes before its first step and for each step."""
-    took = []
-    for steps in STEPS:
-        start = time.perf_counter()
-        module.train([dict(cell.recipe) | {"steps": steps} for cell in job])
-        took.append(time.perf_counter() - start)
-    step = max(0.0, took[1] - took[0]) / (STEPS[1] - STEPS[0])
-    return max(0.0, took[0] - step * STEPS[0]), step
+def _trial(job: Job, module: Any) -> Cost:
+    """The cost of a group, from three short trainings of it."""
+    few, more, looks = _timed(job, module, steps=FEW), _timed(job, module, steps=MORE), _timed(job, module, steps=FEW, points=FEW + 1)
+    step = max(0.0, more - few) / (MORE - FEW)
+    # two points are looks at the start, at step 1 and at the end; as many points as steps are a look at every step
+    look = max(0.0, looks - few) / (FEW + 1 - 3)
+    return Cost(max(0.0, few - FEW * step - 3 * look), step, look)
+
+
+def _timed(job: Job, module: Any, *, steps: int, points: int = 2) -> float:
+    short = {"steps": steps, "stop": None} | ({"points": points} if "points" in job[0].recipe else {})
+    start = time.perf_counter()
+    module.train([{**cell.recipe, **{name: value for name, value in short.items() if name in cell.recipe}} for cell in job])
+    return time.perf_counter() - start
 
 
 def _time(seconds: float) -> str:

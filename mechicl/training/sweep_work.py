@@ -55,16 +55,20 @@ class Outcome:
 
 
 def resolve(preset: str, changes: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """The whole recipe of a cell as JSON values.
+    """The whole recipe of a cell as JSON values, every setting of the model written out: a preset that changes later makes another recipe.
 
     Raises:
-        OptionError: no such preset or field, or a value out of range.
+        OptionError: no such preset or field, a value out of range, or a model that cannot be built.
     """
+    from mechicl.training.toy_build import DECIDED, config
     from mechicl.training.toy_recipe import recipe, set_fields
 
     given = {name: tuple(x) if isinstance(x, list) else x for name, x in changes.items()}
     # the seed comes first, so that a spec may hold the world (task.seed) fixed while the runs differ
-    return set_fields(recipe(preset, seed=seed), given).to_json()
+    made = set_fields(recipe(preset, seed=seed), given)
+    settled = replace(made, model={k: v for k, v in config(made).settings().items() if k not in DECIDED})
+    assert config(settled) == config(made), "written out, the model must stay the same"
+    return settled.to_json()
 
 
 def alike(recipe: Mapping[str, Any]) -> str:
@@ -76,16 +80,10 @@ def alike(recipe: Mapping[str, Any]) -> str:
 
 def train(recipes: Sequence[Mapping[str, Any]]) -> list[pd.DataFrame]:
     """Train the recipes and return their measurements, one row per measured step."""
+    from mechicl.training.toy import train_many
     from mechicl.training.toy_recipe import ToyRecipe
 
-    made = [ToyRecipe.from_json(one) for one in recipes]
-    if len(made) == 1:
-        from mechicl.training.toy import train_toy
-
-        return [train_toy(made[0], progress=False).table]
-    from mechicl.training.batched import train_many
-
-    return [run.table for run in train_many(made, progress=False)]
+    return [run.table for run in train_many([ToyRecipe.from_json(one) for one in recipes], progress=False)]
 
 
 def work(trainer: str, cells: Sequence[str], recipes: Sequence[Mapping[str, Any]]) -> list[Outcome]:
