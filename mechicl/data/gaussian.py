@@ -34,9 +34,9 @@ class Draw:
         target: The right label of the query.
         item: Class of every exemplar's item; novel classes count from K (K1) on.
         label: Label of every exemplar, as shown.
-        query: Class of the query's item: what its token shows, if it shows any.
+        query: Class of the query's item: what its token shows, or with m1_query "off" would show.
         right: Exemplars whose label is the target.
-        same: Exemplars of the query's class; in multimodal sequences of its pair of classes (of its second class where m1_query is not "on").
+        same: Exemplars of the query's class; in multimodal sequences of its pair of classes (of its second class where m1_query is "mismatched").
         second: What the encoder reads, the N exemplars' and then the query's; None in unimodal sequences. Vectors, or pictures in [0, 1] plus noise.
         item2, query2: Classes of the second modality, novel ones from K2 on; None in unimodal sequences.
         layout: Where everything stands.
@@ -240,20 +240,22 @@ def _tokens(found: Tables, chosen: Chosen, news: _Novel | None, every: bool, at:
 def _add_noise(tokens: Tensor, found: Tables, at: Layout, generators: Sequence[torch.Generator]) -> None:
     """Noise on every item and on the query (drawn, but not added, where the query's token is empty)."""
     task = found.tasks[0]
-    noise = _noise((*tokens.shape[:2], task.N + 1, task.width), found.step1, generators, tokens.device)
+    noise, step = _noise((*tokens.shape[:2], task.N + 1, task.width), found.step1, generators, tokens.device)
     blank = isinstance(task, MultimodalTask) and task.m1_query == "off"
     last = at.query if blank else at.query + 1
-    tokens[..., 0 : last : at.step, :] += noise[:, :, :-1] if blank else noise
+    tokens[..., 0 : last : at.step, :].add_(noise[:, :, :-1] if blank else noise, alpha=step)
 
 
-def _noise(shape: tuple[int, ...], steps: Sequence[float], generators: Sequence[torch.Generator], device: torch.device) -> Tensor:
-    """Normal noise of standard deviation `steps`, each task's from its own generator."""
+def _noise(
+    shape: tuple[int, ...], steps: Sequence[float], generators: Sequence[torch.Generator], device: torch.device
+) -> tuple[Tensor, float]:
+    """Normal noise, each task's from its own generator, and a factor that is left to be applied: then its standard deviation is `steps`."""
     noise = torch.empty(shape, device=device)
     for k, generator in enumerate(generators):
         noise[k].normal_(generator=generator)
     if len(set(steps)) == 1:
-        return noise.mul_(steps[0])
-    return noise.mul_(torch.tensor(steps, device=device).view(-1, *(1,) * (len(shape) - 1)))
+        return noise, steps[0]
+    return noise.mul_(torch.tensor(steps, device=device).view(-1, *(1,) * (len(shape) - 1))), 1.0
 
 
 def _second(found: Tables, chosen: Chosen, news: _Novel | None, every: bool, generators: Sequence[torch.Generator]) -> Tensor | None:
@@ -272,7 +274,8 @@ def _second(found: Tables, chosen: Chosen, news: _Novel | None, every: bool, gen
         values = _read(news.rows2, (shown - task.K2).clamp_min(0))
         if not every:
             values = torch.where(chosen.novel[..., None, None], values, _read(found.rows2, shown.clamp_max(task.K2 - 1)))
-    return values.add_(_noise(tuple(values.shape), found.step2, generators, values.device))
+    noise, step = _noise(tuple(values.shape), found.step2, generators, values.device)
+    return values.add_(noise, alpha=step)
 
 
 def _pictures(found: Tables, shown: Tensor, news: _Novel | None, generators: Sequence[torch.Generator]) -> Tensor:
@@ -295,7 +298,7 @@ def _same(chosen: Chosen, task: Task) -> Bool[Tensor, "model n slot"]:
     if chosen.item2 is None or chosen.query2 is None:
         return chosen.item == chosen.query[..., None]
     same = chosen.item2 == chosen.query2[..., None]
-    return same & (chosen.item == chosen.query[..., None]) if isinstance(task, MultimodalTask) and task.m1_query == "on" else same
+    return same & (chosen.item == chosen.query[..., None]) if isinstance(task, MultimodalTask) and task.m1_query != "mismatched" else same
 
 
 def second_shape(task: MultimodalTask) -> tuple[int, ...]:
@@ -325,5 +328,6 @@ def draw_second(task: MultimodalTask, n: int, generator: torch.Generator) -> tup
     if found.rows2 is None:
         return _pictures(found, classes, None, (generator,))[0, :, 0], classes[0, :, 0]
     values = _read(found.rows2, classes)
-    values.add_(_noise(tuple(values.shape), found.step2, (generator,), where))
+    noise, step = _noise(tuple(values.shape), found.step2, (generator,), where)
+    values.add_(noise, alpha=step)
     return values[0, :, 0], classes[0, :, 0]

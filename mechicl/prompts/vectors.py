@@ -180,7 +180,7 @@ def to_batch(
 
     Returns:
         Batch. An item is named by its class, "i17"; in multimodal sequences by the pair, "i17+j3", or by the second class alone where the query's first
-        item is not the pair's (m1_query).
+        item is another pair's (m1_query="mismatched").
 
     Raises:
         OptionError: a draw of several tasks, unknown `candidates`, places of another shape.
@@ -203,7 +203,7 @@ def episodes(
     """Drawn sequences as episodes; see `to_batch`."""
     task, at = drawn.task, drawn.layout
     every = tuple(f"l{k}" for k in range(task.L))
-    by_second = isinstance(task, MultimodalTask) and task.m1_query != "on"
+    by_second = isinstance(task, MultimodalTask) and task.m1_query == "mismatched"
     blank = isinstance(task, MultimodalTask) and task.m1_query == "off"
     item, label = torch.cat([drawn.item, drawn.query[:, None]], 1).tolist(), torch.cat([drawn.label, drawn.target[:, None]], 1).tolist()
     item2 = None if drawn.item2 is None or drawn.query2 is None else torch.cat([drawn.item2, drawn.query2[:, None]], 1).tolist()
