@@ -274,8 +274,12 @@ def sweep(
     spec: Annotated[Path, typer.Argument(help="A TOML file of settings, grids and seeds; docs/sweeps.md has the format.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The sweep's folder; one that is there already is continued.")] = None,
     workers: Annotated[int | None, typer.Option("--workers", "-w", min=1, help="Processes on this machine; by default one a core.")] = None,
-    together: Annotated[int, typer.Option(min=1, help="At most so many cells with the same shapes are trained in one batched step.")] = 16,
+    together: Annotated[
+        int | None,
+        typer.Option(min=1, help="At most so many cells of the same shapes in one batched step; by default 4 on a CPU, 64 on a GPU."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of each worker; by default the cores are shared out.")] = None,
+    device: Device = None,
     ray_address: Annotated[str | None, typer.Option(help='A Ray cluster: "auto", host:port, or "local" to start one here.')] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained and about how long it takes, and stop.")] = False,
     quiet: Quiet = False,
@@ -287,12 +291,14 @@ def sweep(
     if dry_run:
         from mechicl.training.sweep_cost import outlook
 
-        for line in outlook(spec, out, together=together, workers=workers, threads=threads):
+        for line in outlook(spec, out, together=together, workers=workers, threads=threads, device=device):
             typer.echo(line)
         return
     if out is None:
         raise OptionError("out must be given; got none. Add --out FOLDER, or --dry-run to see what would be trained.")
-    table = sweeps.run(spec, out, workers=workers, together=together, threads=threads, ray_address=ray_address, progress=not quiet)
+    table = sweeps.run(
+        spec, out, workers=workers, together=together, threads=threads, device=device, ray_address=ray_address, progress=not quiet
+    )
     failed = table.attrs["failed"]
     for reason in failed.values():
         typer.echo(f"No result: {reason}", err=True)

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mechicl.errors import CheckpointError, OptionError
-from mechicl.training.cells import Cell, cells, groups, read_spec
+from mechicl.training.cells import Cell, cells, group_size, groups, read_spec
 from mechicl.training.sweep_store import PLAN, RESULTS, Store, as_cell, read_results
 from mechicl.training.sweep_work import TRAINER, Outcome, parquet_bytes, work
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["TRAINER", "Outcome", "failures", "load", "parquet_bytes", "plan", "run"]
+__all__ = ["TRAINER", "Outcome", "failures", "load", "parquet_bytes", "run"]
 
 SAVE_EVERY = 30.0
 """Seconds between two writings of the results table while cells come in."""
@@ -35,8 +35,9 @@ def run(
     out: str | os.PathLike[str],
     *,
     workers: int = 1,
-    together: int = 16,
+    together: int | None = None,
     threads: int | None = None,
+    device: str | None = None,
     ray_address: str | None = None,
     progress: bool = True,
     trainer: str = TRAINER,
@@ -47,8 +48,9 @@ def run(
         spec: A TOML file, or a mapping of the same form.
         out: The sweep's folder. One that holds the same sweep, or part of it, is continued.
         workers: Processes on this machine; 1 trains in this process.
-        together: At most so many cells with the same shapes are trained in one batched step.
+        together: At most so many cells with the same shapes are trained in one batched step; by default 4 on a CPU and 64 on a GPU.
         threads: Threads of each worker; by default the machine's cores are shared out.
+        device: Where to train ("cuda", "mps", ...); by default the CPU.
         ray_address: A Ray cluster's address ("auto", "host:port", "local" to start one here); `workers` then only decides how finely groups are cut.
         trainer: The module that trains (see `mechicl.training.sweep_work`).
 
@@ -72,17 +74,24 @@ def run(
     store = Store(out, wanted, cells(wanted, module.resolve))
     with store.alone():
         todo = store.missing()
-        jobs = groups(todo, module.alike, together if wanted.group else 1, workers)
+        jobs = groups(todo, module.alike, group_size(wanted, together, device), workers)
         if ray_address is not None:
             from mechicl.training.sweep_ray import crew
 
-            outcomes = crew(jobs, address=ray_address, threads=threads or 1, trainer=trainer)
+            outcomes = crew(jobs, address=ray_address, threads=threads or 1, trainer=trainer, device=device)
         elif workers > 1:
             from mechicl.training.sweep_local import crew
 
-            outcomes = crew(jobs, workers=workers, threads=threads or max(1, cores() // workers), trainer=trainer, logs=store.out / "logs")
+            outcomes = crew(
+                jobs,
+                workers=workers,
+                threads=threads or max(1, cores() // workers),
+                trainer=trainer,
+                device=device,
+                logs=store.out / "logs",
+            )
         else:
-            outcomes = alone(jobs, trainer, threads)
+            outcomes = alone(jobs, trainer, threads, device)
         collect(store, outcomes, len(store.cells) - len(todo), progress)
     frame = read_results(store.out / RESULTS) if (store.out / RESULTS).exists() else pd.DataFrame()
     frame.attrs["failed"] = store.failures()
@@ -117,7 +126,7 @@ def collect(store: Store, outcomes: Generator[Outcome], before: int, progress: b
         store.assemble()
 
 
-def alone(jobs: Sequence[Sequence[Cell]], trainer: str, threads: int | None) -> Generator[Outcome]:
+def alone(jobs: Sequence[Sequence[Cell]], trainer: str, threads: int | None, device: str | None) -> Generator[Outcome]:
     """The groups one after another in this process."""
     import torch
 
@@ -125,7 +134,7 @@ def alone(jobs: Sequence[Sequence[Cell]], trainer: str, threads: int | None) -> 
     torch.set_num_threads(threads or before)
     try:
         for job in jobs:
-            yield from work(trainer, [cell.id for cell in job], [cell.recipe for cell in job])
+            yield from work(trainer, [cell.id for cell in job], [cell.recipe for cell in job], device)
     finally:
         torch.set_num_threads(before)
 
@@ -160,21 +169,6 @@ def failures(out: str | os.PathLike[str]) -> dict[str, str]:
     found = {path.stem: read_json(path) for path in sorted((Path(out) / "failed").glob("*.json"))}
     known = {name: as_cell(name, data) for name, data in read_json(Path(out) / PLAN)["cells"].items()}
     return {cell: f"{data['cell']}: {data['reason']}" for cell, data in found.items() if cell in known}
-
-
-def plan(
-    spec: str | os.PathLike[str] | Mapping[str, Any], *, together: int = 16, workers: int = 1, trainer: str = TRAINER
-) -> list[tuple[Cell, ...]]:
-    """The groups that a sweep would train, without training any.
-
-    Raises:
-        OptionError: a spec or an option that cannot be.
-    """
-    import importlib
-
-    wanted = read_spec(spec)
-    module = importlib.import_module(trainer)
-    return groups(cells(wanted, module.resolve), module.alike, together if wanted.group else 1, workers)
 
 
 def cores() -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mechicl.training.cells import Cell, axis_names, cells, groups, read_spec
+from mechicl.training.cells import Cell, axis_names, cells, group_size, groups, read_spec
 from mechicl.training.sweep_store import finished
 from mechicl.training.sweep_work import TRAINER
 
@@ -41,16 +41,17 @@ def outlook(
     spec: str | os.PathLike[str] | Mapping[str, Any],
     out: str | os.PathLike[str] | None = None,
     *,
-    together: int = 16,
+    together: int | None = None,
     workers: int = 1,
     threads: int | None = None,
+    device: str | None = None,
     trainer: str = TRAINER,
 ) -> list[str]:
     """Lines that say how many cells there are, which are missing, how they group, and the estimated time.
 
     Args:
         out: The sweep's folder, if it has one yet: finished cells are not counted.
-        together, workers, threads: As in `sweep.run`.
+        together, workers, threads, device: As in `sweep.run`.
 
     Raises:
         OptionError: a spec or an option that cannot be.
@@ -60,16 +61,16 @@ def outlook(
     every = cells(wanted, module.resolve)
     done = set(finished(Path(out))) if out is not None else set()
     todo = [cell for cell in every if cell.id not in done]
-    jobs = groups(todo, module.alike, together if wanted.group else 1, workers)
+    jobs = groups(todo, module.alike, group_size(wanted, together, device), workers)
     names = axis_names(wanted)
     lines = [f"{len(every)} cells, {len(every) - len(todo)} finished, {len(todo)} to train in {len(jobs)} groups"]
     lines += [f"  {name}: {', '.join(dict.fromkeys(str(cell.value(name)) for cell in every))}" for name in [*names, "seed"]]
     if not jobs:
         return lines
-    seconds = _seconds(jobs, module, threads)
+    seconds = _seconds(jobs, module, threads, device)
     for job, cost in list(zip(jobs, seconds, strict=True))[:LINES]:
-        rest = ", ..." if len(job) > 1 else ""
-        lines.append(f"  {len(job):>3} x {job[0].recipe['steps']} steps, {_time(cost)}: {job[0].describe(names)}{rest}")
+        first, *others = job
+        lines.append(f"  {len(job):>3} x {first.recipe['steps']} steps, {_time(cost)}: {first.describe(names)}{', ...' if others else ''}")
     if len(jobs) > LINES:
         lines.append(f"  and {len(jobs) - LINES} more groups")
     # the longest group is a floor: it cannot be shared
@@ -80,7 +81,7 @@ def outlook(
     return lines
 
 
-def _seconds(jobs: Sequence[Job], module: Any, threads: int | None) -> list[float]:
+def _seconds(jobs: Sequence[Job], module: Any, threads: int | None, device: str | None) -> list[float]:
     """Estimated seconds of every group."""
     import torch
 
@@ -89,10 +90,10 @@ def _seconds(jobs: Sequence[Job], module: Any, threads: int | None) -> list[floa
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        _timed(jobs[0], module, steps=1)  # imports and first calls are not a cost of the sweep
+        _timed(jobs[0], module, device, steps=1)  # imports and first calls are not a cost of the sweep
         for kind, job in zip(kinds, jobs, strict=True):
             if kind not in tried and len(tried) < KINDS:
-                tried[kind] = _trial(job, module)
+                tried[kind] = _trial(job, module, device)
     finally:
         torch.set_num_threads(before)
     parts = [(cost.once, cost.step, cost.look) for cost in tried.values()]
@@ -100,19 +101,23 @@ def _seconds(jobs: Sequence[Job], module: Any, threads: int | None) -> list[floa
     return [tried.get(kind, mean).total(job[0].recipe) for kind, job in zip(kinds, jobs, strict=True)]
 
 
-def _trial(job: Job, module: Any) -> Cost:
+def _trial(job: Job, module: Any, device: str | None) -> Cost:
     """The cost of a group, from three short trainings of it."""
-    few, more, looks = _timed(job, module, steps=FEW), _timed(job, module, steps=MORE), _timed(job, module, steps=FEW, points=FEW + 1)
+    few, more, looks = (
+        _timed(job, module, device, steps=FEW),
+        _timed(job, module, device, steps=MORE),
+        _timed(job, module, device, steps=FEW, points=FEW + 1),
+    )
     step = max(0.0, more - few) / (MORE - FEW)
     # two points are looks at the start, at step 1 and at the end; as many points as steps are a look at every step
     look = max(0.0, looks - few) / (FEW + 1 - 3)
     return Cost(max(0.0, few - FEW * step - 3 * look), step, look)
 
 
-def _timed(job: Job, module: Any, *, steps: int, points: int = 2) -> float:
+def _timed(job: Job, module: Any, device: str | None, *, steps: int, points: int = 2) -> float:
     short = {"steps": steps, "stop": None} | ({"points": points} if "points" in job[0].recipe else {})
     start = time.perf_counter()
-    module.train([{**cell.recipe, **{name: value for name, value in short.items() if name in cell.recipe}} for cell in job])
+    module.train([{**cell.recipe, **{name: value for name, value in short.items() if name in cell.recipe}} for cell in job], device=device)
     return time.perf_counter() - start
 
 

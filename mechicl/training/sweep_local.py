@@ -80,14 +80,14 @@ class Worker:
         return f"its worker ended with exit code {code}; see {self.log}"
 
 
-def crew(jobs: Sequence[Job], *, workers: int, threads: int, trainer: str, logs: Path) -> Generator[Outcome]:
+def crew(jobs: Sequence[Job], *, workers: int, threads: int, trainer: str, device: str | None, logs: Path) -> Generator[Outcome]:
     """Train the groups in `workers` processes and yield how each cell ended, as it ends.
 
     Args:
         threads: Threads of each worker.
         logs: Folder for what the workers write to stderr.
     """
-    command = [sys.executable, "-m", "mechicl.training.sweep_work", "--trainer", trainer]
+    command = [sys.executable, "-m", "mechicl.training.sweep_work", "--trainer", trainer, *(() if device is None else ("--device", device))]
     # a worker sees the modules that its driver sees, also those of a notebook's or a test's folder
     paths = os.pathsep.join(dict.fromkeys(path or os.getcwd() for path in sys.path))
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": paths}

@@ -78,24 +78,24 @@ def alike(recipe: Mapping[str, Any]) -> str:
     return together_key(ToyRecipe.from_json(recipe))
 
 
-def train(recipes: Sequence[Mapping[str, Any]]) -> list[pd.DataFrame]:
-    """Train the recipes and return their measurements, one row per measured step."""
+def train(recipes: Sequence[Mapping[str, Any]], *, device: str | None = None) -> list[pd.DataFrame]:
+    """Train the recipes in one batched step and return their measurements, one row per measured step."""
     from mechicl.training.toy import train_many
     from mechicl.training.toy_recipe import ToyRecipe
 
-    return [run.table for run in train_many([ToyRecipe.from_json(one) for one in recipes], progress=False)]
+    return [run.table for run in train_many([ToyRecipe.from_json(one) for one in recipes], progress=False, device=device)]
 
 
-def work(trainer: str, cells: Sequence[str], recipes: Sequence[Mapping[str, Any]]) -> list[Outcome]:
+def work(trainer: str, cells: Sequence[str], recipes: Sequence[Mapping[str, Any]], device: str | None = None) -> list[Outcome]:
     """Train a group. When the group fails as a whole, each cell is tried alone, so that one bad cell does not take the others with it."""
     module = importlib.import_module(trainer)
     start = time.perf_counter()
     try:
-        tables = module.train(recipes)
+        tables = module.train(recipes, device=device)
     except Exception as error:
         if len(cells) == 1 or isinstance(error, MemoryError):
             return [_failure(cell, error, time.perf_counter() - start) for cell in cells]
-        return [one for cell, recipe in zip(cells, recipes, strict=True) for one in work(trainer, [cell], [recipe])]
+        return [one for cell, recipe in zip(cells, recipes, strict=True) for one in work(trainer, [cell], [recipe], device)]
     seconds = (time.perf_counter() - start) / len(cells)
     return [replace(_ending(cell, table), seconds=seconds) for cell, table in zip(cells, tables, strict=True)]
 
@@ -129,11 +129,11 @@ def parquet_bytes(table: pd.DataFrame) -> bytes:
     return out.getvalue()
 
 
-def serve(trainer: str, source: Iterable[str], sink: Any) -> None:
+def serve(trainer: str, device: str | None, source: Iterable[str], sink: Any) -> None:
     """Take groups, line by line, and answer with their outcomes."""
     for line in source:
         job = json.loads(line)
-        for outcome in work(trainer, job["cells"], job["recipes"]):
+        for outcome in work(trainer, job["cells"], job["recipes"], device):
             sink.write(outcome.to_line() + "\n")
         sink.flush()
 
@@ -158,11 +158,12 @@ def main() -> None:
     """A worker process of `mechicl.training.sweep`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--trainer", default=TRAINER)
+    parser.add_argument("--device", default=None)
     options = parser.parse_args()
     # what libraries write to stdout must not mix with the outcomes
     sink = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    serve(options.trainer, _lines_or_leave(), sink)
+    serve(options.trainer, options.device, _lines_or_leave(), sink)
 
 
 if __name__ == "__main__":
