@@ -24,7 +24,8 @@ OWNERS = {
     "plotly": {"views/plots.py"},
     "circuitsvis": {"views/attention.py"},
     "jinja2": {"views/report.py"},
-    "sklearn": {"data/digits.py"},
+    "sklearn": {"data/digits.py", "analysis/trends.py"},
+    "ruptures": {"analysis/change_points.py"},
     "statsmodels": {"analysis/statistics.py"},
     "typer": {"cli.py"},
 }
