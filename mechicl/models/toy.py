@@ -100,7 +100,7 @@ class ToyTransformer(ToyWeights, Hooked):
 
     def classify(
         self,
-        tokens: Float[Tensor, "batch pos d_input"],
+        tokens: Float[Tensor, "batch pos d_input"] | Int[Tensor, "batch pos"],
         second: Tensor | None = None,
         position_ids: Int[Tensor, "batch pos"] | None = None,
         *,

@@ -79,17 +79,17 @@ def toy_config(
     d_vocab: int = 66,
     n_ctx: int = 64,
     d_mlp: int | None = None,
-    positions: Positions = "learned",
+    positions: Positions | str = "learned",
     output_projection: bool = True,
     qkv_bias: bool = False,
-    norm: Norm | bool | None = None,
-    mlp: Mlp | None = None,
-    inputs: Inputs = "tokens",
+    norm: Norm | bool | str | None = None,
+    mlp: Mlp | str | None = None,
+    inputs: Inputs | str = "tokens",
     d_input: int | None = None,
     n_places: int | None = None,
-    classifier: Classifier = "linear",
+    classifier: Classifier | str = "linear",
     d_classifier: int = 128,
-    init: Init = "fan_in",
+    init: Init | str = "fan_in",
     random_start: bool | None = None,
     rope_theta: float = 1e4,
     name: str = "toy",
@@ -114,11 +114,11 @@ def toy_config(
     Raises:
         OptionError: sizes that do not fit together, or a choice that does not exist.
     """
-    for key, value, allowed in (("positions", positions, Positions), ("mlp", mlp, Mlp), ("inputs", inputs, Inputs),
-                                ("classifier", classifier, Classifier), ("init", init, Init)):  # fmt: skip
+    choices: dict[str, Any] = {"positions": positions, "mlp": mlp, "inputs": inputs, "classifier": classifier, "init": init}
+    for (key, value), allowed in zip(choices.items(), (Positions, Mlp, Inputs, Classifier, Init), strict=True):
         if value not in get_args(allowed) and not (key == "mlp" and value is None):
             raise OptionError(f"{key} must be one of {', '.join(get_args(allowed))}; got {value!r}. Choose one.")
-    kind: Norm | None = "RMS" if norm is True else (norm or None)
+    kind: Any = "RMS" if norm is True else (norm or None)
     if kind not in ("RMS", "LN", None):
         raise OptionError(f'norm must be "RMS", "LN" or None; got {norm!r}. Choose one.')
     vectors = inputs == "vectors"
@@ -129,15 +129,14 @@ def toy_config(
     if d_head is None:
         d_head = 16 if output_projection and not vectors else d_model // n_heads
     if mlp is None and d_mlp is not None:
-        mlp = "silu"
+        mlp = choices["mlp"] = "silu"
     if mlp is not None and d_mlp is None:
         d_mlp = d_model if mlp == "product" else 4 * d_model
     cfg = ToyConfig(
         model_name=name, model_type="toy", n_layers=n_layers, n_heads=n_heads, n_key_value_heads=n_heads, d_model=d_model, d_head=d_head,
         d_vocab=d_vocab, n_ctx=n_ctx, d_mlp=d_mlp, normalization_type=kind, final_rms=kind == "RMS", attn_only=mlp is None,
-        positions=positions, output_projection=output_projection, qkv_bias=qkv_bias, norm=kind, mlp=mlp, inputs=inputs, d_input=d_input,
-        n_places=n_places, classifier=classifier, d_classifier=d_classifier, init=init,
-        random_start=positions in ONE_HOT if random_start is None else random_start, rope_theta=rope_theta,
+        output_projection=output_projection, qkv_bias=qkv_bias, norm=kind, d_input=d_input, n_places=n_places, d_classifier=d_classifier,
+        random_start=positions in ONE_HOT if random_start is None else random_start, rope_theta=rope_theta, **choices,
     )  # fmt: skip
     _check(cfg)
     return cfg

@@ -5,7 +5,7 @@ What is saved, and why the result is the same up to rounding:
 * Norm weights are folded into the matrices that read the normed stream, (x' w) W = x' (w W). Then x' of the first layer needs no gradient.
 * Only the last position of the last layer is read. Its output sum_j p_j (W_V x_j) is W_V (sum_j p_j x_j), since the p_j do not depend on W_V and sum to
   one (so that a bias of the values is added once): values are projected once, not once for every position.
-* Without RoPE its scores q . (W_K x_j) are (W_K^T q) . x_j: keys are never formed. A bias of the keys adds q . b_K to every score, which softmax ignores.
+* Without RoPE its scores q . (W_K x_j) are (W_K^T q) . x_j: keys are never formed.
 * RoPE is one complex product: with the columns of W_Q and W_K in the order 0, d/2, 1, d/2 + 1, ... the coordinates of a pair are neighbours, and a score
   is a sum over pairs, whatever their order.
 
@@ -102,6 +102,8 @@ def _attend_from_the_last(attn: ToyAttention, norm: ToyNorm | None, x: Tensor, a
         weight = attn.W_K if norm is None else norm.w[:, None] * attn.W_K
         asked = torch.einsum("bhd,hmd->bhm", q[:, 0], weight)
         scores = (asked[:, :, None] * x[:, None]).sum(-1)
+        if attn.cfg.qkv_bias:  # the same for every position: softmax takes it away, but the bias keeps a gradient (of zero)
+            scores = scores + (q[:, 0] * attn.b_K).sum(-1, keepdim=True)
     scores = scores * attn.cfg.d_head**-0.5
     if at.bias is not None:
         scores = scores + at.bias[:, :, -1]

@@ -63,6 +63,16 @@ class ToyWeights:
     W_V = property(lambda self: self._stack("W_V"), doc="[layer, head, d_model, d_head], a copy")
     W_O = property(lambda self: self._stack("W_O"), doc="[layer, head, d_head, d_model], a copy")
 
+    def to_tokens(self, text: str, prepend_bos: bool = False) -> Int[Tensor, "one pos"]:
+        """Token ids of words separated by spaces (labels, for a toy over vectors). There is no first token to put before them.
+
+        Raises:
+            OptionError: a label that the model does not have.
+        """
+        if self.cfg.inputs == "vectors":
+            return torch.tensor([[self.to_single_token(word) for word in text.split()]])
+        return torch.tensor([self.renderer.vocabulary.encode(text)])  # type: ignore[attr-defined]
+
     def to_single_token(self, text: str) -> int:
         """The label "l3" of a toy over vectors, or the one word of `text`, as a number.
 
