@@ -28,6 +28,7 @@ OWNERS = {
     "ruptures": {"analysis/change_points.py"},
     "statsmodels": {"analysis/statistics.py"},
     "typer": {"cli.py"},
+    "ray": {"training/sweep_ray.py"},
 }
 TRANSFORMERS = ("models/", "prompts/render.py", "prompts/patches.py", "training/")
 
