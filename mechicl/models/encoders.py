@@ -66,7 +66,7 @@ def build_encoder(
     depth: int = 2,
     n_heads: int = 1,
     patch: int | None = None,
-    init: EncoderInit | None = None,
+    init: EncoderInit | str | None = None,
     seed: int | None = None,
 ) -> Encoder:
     """An encoder of the second modality.
