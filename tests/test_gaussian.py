@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from mechicl.data.chances import frequencies
 from mechicl.data.gaussian import (
     Draw,
     MultimodalTask,
@@ -30,7 +31,6 @@ from mechicl.data.gaussian import (
     second_shape,
     world,
 )
-from mechicl.data.toy_tasks import frequencies
 from mechicl.errors import OptionError
 
 P = 1e-4

@@ -269,53 +269,6 @@ def layout(task: Task) -> Layout:
     return Layout(tuple(starts), tuple(k + 1 for k in starts), tuple(k + 2 for k in starts), 3 * n, 3 * n + 1, 3 * n + 2)
 
 
-def frequencies(n: int, alpha: float) -> np.ndarray:
-    """P(class k) in proportion to k^-alpha, k = 1..n, float64."""
-    weights = np.arange(1, n + 1, dtype=np.float64) ** -float(alpha)
-    return weights / weights.sum()
-
-
-def label_frequencies(task: Task) -> np.ndarray:
-    """P(label) of one item drawn from the task's own classes, before any shift, [n_labels]."""
-    if isinstance(task, UnimodalTask):
-        return frequencies(task.K, task.alpha).reshape(-1, task.L).sum(0)
-    second = frequencies(task.K2, task.alpha2)
-    if task.labels == "pair":
-        return second.reshape(-1, task.n_labels).sum(0)
-    assert task.G1 is not None
-    assert task.G2 is not None
-    first = frequencies(task.K1, task.alpha1).reshape(-1, task.G1).sum(0)
-    return np.outer(first, second.reshape(-1, task.G2).sum(0)).ravel()
-
-
-def chance(task: Task, split: Split = "train") -> dict[str, float]:
-    """What can be had without in-context learning, as probabilities of being right.
-
-    Returns:
-        label: naming one of the labels that can be right, at random: 1 / n_labels.
-        frequent: naming the most frequent one always.
-        context: copying any exemplar's label, at random. In a bursty sequence about B / N, which is far above `label`: the plateau of training.
-
-    Raises:
-        OptionError: a split that does not exist.
-    """
-    check_split(split)
-    known, flat = label_frequencies(task), 1 / task.n_labels
-    share, blocks = task.B / task.N, task.N // task.B
-    if (isinstance(task, MultimodalTask) and task.labels == "crossed") or task.no_repeats:
-        meet_known = meet_novel = 0.0
-    else:
-        meet_known, meet_novel = float((known**2).sum()), flat
-    # the query's own block, or another block that happens to have the same label
-    bursty, novel = (share + (1 - share) * meet if blocks > 1 else 1.0 for meet in (meet_known, meet_novel))
-    p_novel, p_bursty = {"train": (task.p_C, task.p_B), "ic": (1.0, 1.0), "ic2": (0.0, 1.0), "iw": (0.0, 0.0)}[split]
-    loose = float((known**2).sum())
-    context = p_novel * novel + (1 - p_novel) * (p_bursty * bursty + (1 - p_bursty) * loose)
-    chosen = flat if task.no_repeats or (isinstance(task, MultimodalTask) and task.labels == "crossed") else float(known.max())
-    frequent = p_novel * flat + (1 - p_novel) * (p_bursty * chosen + (1 - p_bursty) * float(known.max()))
-    return {"label": flat, "frequent": frequent, "context": context}
-
-
 def check_split(split: str) -> None:
     """Raises OptionError for a split that does not exist."""
     _choice("split", split, get_args(Split))

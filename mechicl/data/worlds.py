@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechicl.data.banks import Bank, bank_for
-from mechicl.data.toy_tasks import MultimodalTask, Task, UnimodalTask, frequencies
+from mechicl.data.chances import frequencies
+from mechicl.data.toy_tasks import MultimodalTask, Task, UnimodalTask
 from mechicl.errors import OptionError
 
 

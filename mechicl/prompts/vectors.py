@@ -7,7 +7,7 @@ out (the zero-shot control is the query's tokens alone), swapped or given anothe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -97,14 +97,14 @@ class VectorRenderer:
                 [[0] * gap + _own(place, len(row.vectors)) for place, row, gap in zip(places, rows, gaps, strict=True)]
             )
         spans = [
-            ((Span("pad", 0, gap),) if gap else ()) + tuple(span.shift(gap) for span in row.spans)
+            (Span("pad", 0, gap), *(span.shift(gap) for span in row.spans)) if gap else tuple(row.spans)
             for row, gap in zip(rows, gaps, strict=True)
         ]
-        ids = {tuple(episode.candidates): tuple((self._label(name),) for name in episode.candidates) for episode in episodes}
+        ids = {names: tuple((self._label(name),) for name in names) for names in {episode.candidates for episode in episodes}}
         return Batch(
             inputs={name: value.to(device) for name, value in inputs.items()}, spans=tuple(spans),
             answers=tuple(e.candidates.index(e.answer) for e in episodes), candidates=tuple(e.candidates for e in episodes),
-            candidate_ids=tuple(ids[tuple(e.candidates)] for e in episodes), patches=tuple(tuple({} for _ in row.second) for row in rows),
+            candidate_ids=tuple(ids[e.candidates] for e in episodes), patches=tuple(tuple({} for _ in row.second) for row in rows),
             episodes=tuple(episodes), ids=tuple(e.id or str(i) for i, e in enumerate(episodes)), renderer=self,
         )  # fmt: skip
 
@@ -139,13 +139,13 @@ class VectorRenderer:
             number = self._label(shot.label)
             role: Role = "question" if shot.blank else "text"
             # an empty token shows nothing: it only says that a query comes
-            row.add(Span(role, 0, 0, k, None, shot.label, shot.item), shot.vector, shot.token)
+            row.add(role, k, shot, shot.vector, shot.token)
             if shot.second is not None:
                 row.second_at.append(len(row.vectors))
                 row.second.append(shot.second)
-                row.add(Span("image", 0, 0, k, len(row.second) - 1, shot.label, shot.item), empty.to(shot.vector.device), shot.second_token)
+                row.add("image", k, shot, empty.to(shot.vector.device), shot.second_token)
             if k != QUERY:
-                row.add(Span("label", 0, 0, k, None, shot.label, shot.item), self.labels[number].to(shot.vector.device), number)
+                row.add("label", k, shot, self.labels[number].to(shot.vector.device), number)
         return row
 
 
@@ -159,10 +159,10 @@ class _Row:
     second: list[Tensor]
     second_at: list[int]
 
-    def add(self, about: Span, vector: Tensor, token: int) -> None:
-        """One token more; of `about` only role, shot, image, label and item are read."""
+    def add(self, role: Role, number: int, shot: Shot, vector: Tensor, token: int) -> None:
+        """One token more, of a shot."""
         at = len(self.vectors)
-        self.spans.append(replace(about, start=at, stop=at + 1))
+        self.spans.append(Span(role, at, at + 1, number, len(self.second) - 1 if role == "image" else None, shot.label, shot.item))
         self.vectors.append(vector)
         self.tokens.append(token)
 
