@@ -296,9 +296,10 @@ def test_a_sweep_of_failures_gives_an_empty_table(tmp_path: Path) -> None:
     assert len(table.attrs["failed"]) == 1
 
 
-def start(spec: dict[str, Any], out: Path, *, workers: int) -> subprocess.Popen[bytes]:
+def start(spec: dict[str, Any], out: Path, **options: Any) -> subprocess.Popen[bytes]:
     """A driver in a process of its own."""
-    code = f"from mechicl.training import sweep; import json; sweep.run(json.loads({json.dumps(spec)!r}), {str(out)!r}, workers={workers}, trainer='sweep_stand_in', progress=False)"
+    given = {"spec": spec, "out": str(out), "trainer": "sweep_stand_in", "progress": False, **options}
+    code = f"from mechicl.training import sweep; import json; sweep.run(**json.loads({json.dumps(given)!r}))"
     path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path})
 

@@ -30,7 +30,7 @@ def crew(jobs: Sequence[tuple[Cell, ...]], *, address: str, threads: int, traine
         OptionError: Ray is not installed, or there is no cluster at the address.
     """
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]  (an extra)
     except ImportError as error:
         raise OptionError(
             "ray_address must be left out where Ray is not installed. Run pip install 'mechicl[sweep]', or use workers."
