@@ -96,7 +96,7 @@ class ImageBank:
         pictures = self._on(device)[which, :, down, right]
         values = pictures.float().div_(255) if pictures.dtype == torch.uint8 else pictures.float()
         if noise > 0:
-            values = values + torch.randn(values.shape, generator=generator, device=device).mul_(noise)
+            values.add_(torch.randn(values.shape, generator=generator, device=device), alpha=noise)
         return values.view(*classes.shape, *self.shape)
 
 

@@ -140,4 +140,4 @@ def pictures(found: Tables, shown: Tensor, news: Novel | None, generators: Seque
         if held is not None:
             classes = torch.cat([classes, held])
         values.append(home.bank.draw(classes[shown[k]], generator, noise=float(task.eps2)))
-    return torch.stack(values)
+    return torch.stack(values) if len(values) > 1 else values[0][None]
