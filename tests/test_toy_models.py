@@ -167,8 +167,8 @@ def test_presets_have_the_papers_sizes() -> None:
     assert n_parameters(preset("huang2026", positions="one_hot")) == huang(129)
     assert n_parameters(preset("huang2026", positions="one_hot+rope")) == huang(130)
     assert n_parameters(preset("huang2026", n_heads=2)) == huang(64) + 2 * 64 * 64  # the output projection comes with the heads
-    # Reddy: two layers of q, k, v of 63 + 65 dimensions and 128-128-32 behind them, with biases
-    assert n_parameters(preset("reddy2024")) == 2 * 3 * 128**2 + 2 * (128 * 128 + 128) + 128 * 32 + 32
+    # Reddy: two layers of q, k, v of 63 + 65 dimensions, three hidden layers of 128 and the labels
+    assert n_parameters(preset("reddy2024")) == 2 * 3 * 128**2 + 3 * (128 * 128 + 128) + 128 * 32
     assert n_parameters(preset("modern")) == 2 * (4 * 64 * 64 + 3 * 64 * 192 + 2 * 64) + 64 + 64 * 32
     reddy = preset("reddy2024")
     assert (reddy.norm, reddy.mlp, reddy.output_projection, reddy.random_start) == (None, None, False, True)
@@ -195,6 +195,10 @@ def test_initial_weights_are_spread_as_the_preset_says() -> None:
         assert spread[name] == pytest.approx(0.02, rel=0.05)
     for name in ("blocks.0.mlp.W_in", "blocks.0.mlp.W_gate", "blocks.1.mlp.W_out"):
         assert spread[name] == pytest.approx((64 * 3) ** -0.5, rel=0.05)  # uniform within 1 / sqrt(64)
+    spread = {name: float(p.detach().var()) for name, p in ToyTransformer(preset("reddy2024")).named_parameters()}
+    for name, variance in (("blocks.0.attn.W_Q", 1 / 63), ("classifier.W_2", 2 / 128), ("classifier.W_U", 1 / 128)):
+        assert spread[name] == pytest.approx(variance, rel=0.1)
+    assert spread["classifier.b_3"] == pytest.approx(1 / 128, rel=0.5)
     one, same, other = (ToyTransformer(preset("huang2026"), seed=seed).W_U for seed in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
@@ -207,14 +211,15 @@ def test_initial_weights_are_spread_as_the_preset_says() -> None:
 @given(
     positions=st.sampled_from(POSITIONS), norm=st.sampled_from(["RMS", "LN", None]), mlp=st.sampled_from([*get_args(Mlp), None]),
     n_heads=st.sampled_from([1, 2]), n_layers=st.integers(1, 3), projection=st.booleans(), bias=st.booleans(),
-    classifier=st.sampled_from(["linear", "mlp"]), n_pos=st.integers(1, 12), start=st.booleans(), seed=st.integers(0, 99),
+    classifier=st.sampled_from(["linear", "mlp"]), scale=st.sampled_from([None, 1.0]), n_pos=st.integers(1, 12), start=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_classify_is_the_hooked_forward_at_the_last_position(
-    positions: Any, norm: Any, mlp: Any, n_heads: int, n_layers: int, projection: bool, bias: bool, classifier: Any, n_pos: int, start: bool, seed: int
+    positions: Any, norm: Any, mlp: Any, n_heads: int, n_layers: int, projection: bool, bias: bool, classifier: Any, scale: Any, n_pos: int, start: bool, seed: int
 ) -> None:  # fmt: skip
     cfg = toy_config(
         inputs="vectors", d_input=8, n_places=16, d_model=24, d_head=24 // n_heads, d_vocab=5, n_ctx=16, positions=positions, norm=norm, mlp=mlp,
         n_heads=n_heads, n_layers=n_layers, output_projection=projection, qkv_bias=bias, classifier=classifier, d_classifier=12,
+        score_scale=scale,
     )  # fmt: skip
     model, x = shaken(cfg, seed), vectors(2, 8, n_pos, seed)
     place = torch.arange(n_pos).expand(2, -1) + torch.tensor([[0], [16 - n_pos]]) if start else None

@@ -13,7 +13,7 @@ Norm = Literal["RMS", "LN"]
 Mlp = Literal["product", "swiglu", "gelu", "silu"]
 Inputs = Literal["tokens", "vectors"]
 Classifier = Literal["linear", "mlp"]
-Init = Literal["fan_in", "huang2026"]
+Init = Literal["fan_in", "huang2026", "reddy2024"]
 
 ROTARY = ("rope", "rope_interleaved_bug", "one_hot+rope")
 ONE_HOT = ("one_hot", "one_hot+rope")
@@ -33,10 +33,11 @@ class ToyConfig(HookedConfig):
         inputs: Token ids through W_E, or vectors that are the stream's content themselves.
         d_input: Coordinates of a vector token. They lie behind the `n_places` coordinates of the place; the rest of the stream starts at zero.
         n_places: Coordinates of the one-hot place; 0 without one.
-        classifier: From the last token to the logits: W_U, or an MLP with two hidden layers of `d_classifier` ReLU units.
+        classifier: From the last token to the logits: W_U, or an MLP with three hidden layers of `d_classifier` ReLU units.
         init: Initial weights; see `toy_weights.initialise`.
         random_start: In training a sequence starts at a random place, so that every coordinate of the place is learnt (`positions.draw_places`).
         rope_theta: Base of RoPE's frequencies.
+        score_scale: What q . k is multiplied by.
     """
 
     positions: Positions = "learned"
@@ -52,6 +53,7 @@ class ToyConfig(HookedConfig):
     init: Init = "fan_in"
     random_start: bool = False
     rope_theta: float = 1e4
+    score_scale: float = 0.25
 
     @property
     def rotary(self) -> bool:
@@ -66,7 +68,7 @@ class ToyConfig(HookedConfig):
     def settings(self) -> dict[str, Any]:
         """The keywords of `toy_config` that give this configuration again; numbers, words and None only (JSON)."""
         names = ("n_layers", "n_heads", "d_model", "d_head", "d_vocab", "n_ctx", "d_mlp", "positions", "output_projection", "qkv_bias", "norm",
-                 "mlp", "inputs", "d_input", "n_places", "classifier", "d_classifier", "init", "random_start", "rope_theta")  # fmt: skip
+                 "mlp", "inputs", "d_input", "n_places", "classifier", "d_classifier", "init", "random_start", "rope_theta", "score_scale")  # fmt: skip
         return {name: getattr(self, name) for name in names} | {"name": self.model_name}
 
 
@@ -92,6 +94,7 @@ def toy_config(
     init: Init | str = "fan_in",
     random_start: bool | None = None,
     rope_theta: float = 1e4,
+    score_scale: float | None = None,
     name: str = "toy",
 ) -> ToyConfig:
     """A `ToyConfig`, checked.
@@ -108,6 +111,7 @@ def toy_config(
         n_places: Coordinates kept for the place; None: n_ctx with one-hot positions, else none. Setting it without one-hot positions leaves them zero: the
             same width for every way of coding positions.
         random_start: None: with one-hot positions only.
+        score_scale: None: 1 / sqrt(d_head).
 
     Other arguments: see `ToyConfig`.
 
@@ -136,7 +140,8 @@ def toy_config(
         model_name=name, model_type="toy", n_layers=n_layers, n_heads=n_heads, n_key_value_heads=n_heads, d_model=d_model, d_head=d_head,
         d_vocab=d_vocab, n_ctx=n_ctx, d_mlp=d_mlp, normalization_type=kind, final_rms=kind == "RMS", attn_only=mlp is None,
         output_projection=output_projection, qkv_bias=qkv_bias, norm=kind, d_input=d_input, n_places=n_places, d_classifier=d_classifier,
-        random_start=positions in ONE_HOT if random_start is None else random_start, rope_theta=rope_theta, **choices,
+        random_start=positions in ONE_HOT if random_start is None else random_start, rope_theta=rope_theta,
+        score_scale=d_head**-0.5 if score_scale is None else score_scale, **choices,
     )  # fmt: skip
     _check(cfg)
     return cfg

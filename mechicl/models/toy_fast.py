@@ -86,7 +86,7 @@ def _heads(attn: ToyAttention, norm: ToyNorm | None, x: Tensor, letter: str, at:
 def _attend(attn: ToyAttention, norm: ToyNorm | None, x: Tensor, at: Setting) -> Float[Tensor, "batch pos d_model"]:
     x = _normed(norm, x)
     q, k, v = (_heads(attn, norm, x, letter, at).transpose(1, 2) for letter in "QKV")
-    scores = q @ k.transpose(-1, -2) * attn.cfg.d_head**-0.5  # not torch's fused attention: it has no rule for vmap
+    scores = q @ k.transpose(-1, -2) * attn.cfg.score_scale  # not torch's fused attention: it has no rule for vmap
     if at.bias is not None:
         scores = scores + at.bias
     z = scores.masked_fill(~at.allowed, -torch.inf).softmax(-1) @ v
@@ -104,7 +104,7 @@ def _attend_from_the_last(attn: ToyAttention, norm: ToyNorm | None, x: Tensor, a
         scores = (asked[:, :, None] * x[:, None]).sum(-1)
         if attn.cfg.qkv_bias:  # the same for every position: softmax takes it away, but the bias keeps a gradient (of zero)
             scores = scores + (q[:, 0] * attn.b_K).sum(-1, keepdim=True)
-    scores = scores * attn.cfg.d_head**-0.5
+    scores = scores * attn.cfg.score_scale
     if at.bias is not None:
         scores = scores + at.bias[:, :, -1]
     read = (scores.softmax(-1)[..., None] * x[:, None]).sum(2)  # [batch, head, d_model]

@@ -80,7 +80,7 @@ class ToyAttention(nn.Module):
         q, k, v = self.hook_q(self._project(x, "Q")), self.hook_k(self._project(x, "K")), self.hook_v(self._project(x, "V"))
         if self.cfg.rotary:
             q, k = self.hook_rot_q(self._turn(q, at)), self.hook_rot_k(self._turn(k, at))
-        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(self.cfg.d_head)
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * self.cfg.score_scale
         if at.bias is not None:
             scores = scores + at.bias
         scores = self.hook_attn_scores(scores.masked_fill(~at.allowed, -math.inf))
@@ -156,17 +156,18 @@ class ToyBlock(nn.Module):
 
 
 class ToyClassifier(nn.Module):
-    """From the stream to the logits through two hidden layers of ReLUs (Reddy 2024)."""
+    """From the stream to the logits through three hidden layers of ReLUs and W_U (Reddy 2024)."""
 
     def __init__(self, cfg: ToyConfig) -> None:
         super().__init__()
         wide = cfg.d_classifier
-        self.W_1, self.b_1 = nn.Parameter(torch.zeros(cfg.d_model, wide)), nn.Parameter(torch.zeros(wide))
-        self.W_2, self.b_2 = nn.Parameter(torch.zeros(wide, wide)), nn.Parameter(torch.zeros(wide))
-        self.W_U, self.b_U = nn.Parameter(torch.zeros(wide, cfg.d_vocab)), nn.Parameter(torch.zeros(cfg.d_vocab))
-        self.hook_post_1, self.hook_post_2 = HookPoint(), HookPoint()
+        for k in (1, 2, 3):
+            setattr(self, f"W_{k}", nn.Parameter(torch.zeros(cfg.d_model if k == 1 else wide, wide)))
+            setattr(self, f"b_{k}", nn.Parameter(torch.zeros(wide)))
+            setattr(self, f"hook_post_{k}", HookPoint())
+        self.W_U = nn.Parameter(torch.zeros(wide, cfg.d_vocab))
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
-        x = self.hook_post_1(torch.relu(x @ self.W_1 + self.b_1))
-        x = self.hook_post_2(torch.relu(x @ self.W_2 + self.b_2))
-        return x @ self.W_U + self.b_U
+        for k in (1, 2, 3):
+            x = getattr(self, f"hook_post_{k}")(torch.relu(x @ getattr(self, f"W_{k}") + getattr(self, f"b_{k}")))
+        return x @ self.W_U

@@ -15,10 +15,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "n_layers": 2, "n_heads": 1, "d_vocab": 32, "d_input": 64, "positions": "rope", "norm": "RMS", "mlp": "product",
         "output_projection": False, "init": "huang2026",
     },
-    # METHODS E: attention only, no norm, one-hot places with a random start, an MLP of ReLUs as classifier
+    # METHODS E: attention only, no norm, one-hot places with a random start, an MLP of ReLUs as classifier. As in code that derives from the author's,
+    # q . k is not scaled and the classifier has three hidden layers (one bias for each of their units: there, one for each layer)
     "reddy2024": {
         "n_layers": 2, "n_heads": 1, "d_vocab": 32, "d_input": 63, "positions": "one_hot", "norm": None, "mlp": None,
-        "output_projection": False, "classifier": "mlp", "d_classifier": 128,
+        "output_projection": False, "classifier": "mlp", "d_classifier": 128, "init": "reddy2024", "score_scale": 1.0,
     },
     "modern": {
         "n_layers": 2, "n_heads": 4, "d_vocab": 32, "d_input": 64, "positions": "rope", "norm": "RMS", "mlp": "swiglu", "d_mlp": 192,

@@ -17,7 +17,8 @@ def initialise(model: nn.Module, cfg: ToyConfig, seed: int, sharpness: float) ->
 
     "fan_in": matrices normal with variance 1 / inputs (queries and keys `sharpness` times as large), biases zero; embeddings of token ids, and places
     beside them, standard normal; places beside vectors as long as the vectors, 1. "huang2026": standard deviation 0.02 for attention, embeddings and W_U, and
-    torch's default (uniform within 1 / sqrt(inputs), biases too) for MLPs and the MLP classifier.
+    torch's default (uniform within 1 / sqrt(inputs), biases too) for MLPs and the MLP classifier. "reddy2024": normal; variance 1 / d_input for attention,
+    2 / inputs for MLPs and the classifier's hidden layers (biases 1 / inputs), 1 / inputs for W_U.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -30,6 +31,8 @@ def initialise(model: nn.Module, cfg: ToyConfig, seed: int, sharpness: float) ->
                 parameter.copy_((2 * torch.rand(parameter.shape, generator=generator) - 1) * bound)
             elif cfg.init == "huang2026":
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+            elif cfg.init == "reddy2024":
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * _reddy(model, name, cfg) ** 0.5)
             elif parameter.dim() > 1:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * _spread(name, parameter, cfg, sharpness))
 
@@ -40,6 +43,14 @@ def _spread(name: str, parameter: Tensor, cfg: ToyConfig, sharpness: float) -> f
     if name == "W_pos":
         return cfg.d_model**-0.5
     return (sharpness if name.endswith(("W_Q", "W_K")) else 1.0) * parameter.shape[-2] ** -0.5
+
+
+def _reddy(model: nn.Module, name: str, cfg: ToyConfig) -> float:
+    """Variance of a parameter."""
+    if ".attn." in name or name in ("W_E", "W_pos"):
+        return 1 / (cfg.d_input or cfg.d_model)
+    hidden = not name.endswith("W_U") and name.rpartition(".")[2].startswith("W_")
+    return (2 if hidden else 1) / _fan_in(model, name)
 
 
 def _fan_in(model: nn.Module, name: str) -> int:
