@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from mechicl.data import worlds
 from mechicl.data.chances import frequencies
 from mechicl.data.gaussian import (
     Draw,
@@ -496,6 +497,21 @@ def test_drawing_together_gives_what_drawing_one_by_one_gives(tasks: list[Task],
             assert member.second is not None
             assert torch.allclose(member.second, alone.second, atol=1e-6)
             assert torch.equal(member.item2, alone.item2)
+
+
+def test_tables_are_kept_up_to_a_limit_and_forgetting_them_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = [UnimodalTask(K=64, L=8, D=16, seed=k) for k in range(3)]
+    size = (64 + 8 + 1) * 16 * 4
+    monkeypatch.setattr(worlds, "_kept", {})
+    monkeypatch.setattr(worlds, "KEEP", 2 * size)
+    before = [draw(task, 4, gen()) for task in few]
+    assert [key[0] for key in worlds._kept] == [(few[1],), (few[2],)]
+    draw(few[1], 4, gen())
+    draw(few[0], 4, gen())
+    assert [key[0] for key in worlds._kept] == [(few[1],), (few[0],)]  # the longest unused went
+    assert all(same_bytes(draw(task, 4, gen()), one) for task, one in zip(few, before, strict=True))
+    draw_many(few, 4, [gen() for _ in few])
+    assert [len(key[0]) for key in worlds._kept] == [3]  # more than the limit by itself
 
 
 def test_part_of_a_draw() -> None:

@@ -97,6 +97,12 @@ class Tables:
     scale1: tuple[float, ...]
     scale2: tuple[float, ...]
 
+    @property
+    def n_bytes(self) -> int:
+        """Memory that they take."""
+        every = (self.rows, self.rows2, self.cdf1, self.cdf2, self.within1, self.within2)
+        return sum(x.numel() * x.element_size() for x in every if x is not None)
+
 
 def factors(eps: float, width: int) -> tuple[float, float]:
     """Of an item (mean + eps * noise / sqrt(D)) / sqrt(1 + eps^2): the factors of the mean and of standard normal noise."""
@@ -113,9 +119,25 @@ def parts(task: Task, modality: int) -> int:
     return (task.G1 if modality == 1 else task.G2) or 1
 
 
-@lru_cache(maxsize=4)
+KEEP = 512 * 2**20
+"""Bytes of tables that are kept for the next draw; 64 tasks of 8,192 classes take 135 MB."""
+_kept: dict[tuple[tuple[Task, ...], torch.device], Tables] = {}
+
+
 def tables(tasks: tuple[Task, ...], device: torch.device) -> Tables:
-    """Tables of tasks of one shape, side by side; kept for the next draw (a stack of 64 tasks of 8,192 classes takes 135 MB)."""
+    """Tables of tasks of one shape, side by side. They are kept, the latest used longest, up to `KEEP` bytes."""
+    key = tasks, device
+    found = _kept.pop(key, None) or _tables(tasks, device)
+    _kept[key] = found
+    room = KEEP - found.n_bytes
+    for other in list(_kept)[-2::-1]:  # from the latest used to the oldest
+        room -= _kept[other].n_bytes
+        if room < 0:
+            del _kept[other]
+    return found
+
+
+def _tables(tasks: tuple[Task, ...], device: torch.device) -> Tables:
     worlds = [world(task) for task in tasks]
     first = tasks[0]
     one = [factors(_eps(task, 1), task.width) for task in tasks]
