@@ -280,6 +280,9 @@ def sweep(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of each worker; by default the cores are shared out.")] = None,
     device: Device = None,
+    keep_models: Annotated[
+        bool, typer.Option("--keep-models", help="Keep every cell's checkpoints; a cell that was in flight goes on from its last one.")
+    ] = False,
     ray_address: Annotated[str | None, typer.Option(help='A Ray cluster: "auto", host:port, or "local" to start one here.')] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained and about how long it takes, and stop.")] = False,
     quiet: Quiet = False,
@@ -297,7 +300,15 @@ def sweep(
     if out is None:
         raise OptionError("out must be given; got none. Add --out FOLDER, or --dry-run to see what would be trained.")
     table = sweeps.run(
-        spec, out, workers=workers, together=together, threads=threads, device=device, ray_address=ray_address, progress=not quiet
+        spec,
+        out,
+        workers=workers,
+        together=together,
+        threads=threads,
+        device=device,
+        keep_models=keep_models,
+        ray_address=ray_address,
+        progress=not quiet,
     )
     failed = table.attrs["failed"]
     for reason in failed.values():

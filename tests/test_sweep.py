@@ -281,7 +281,7 @@ def test_an_error_is_tried_again_and_a_divergence_is_not(tmp_path: Path, monkeyp
         run(spec, tmp_path / mishap)
     calls: list[int] = []
     monkeypatch.setattr(
-        stand_in, "train", lambda recipes, device: calls.extend(r["task"]["K"] for r in recipes) or [pd.DataFrame({"step": [0]})]
+        stand_in, "train", lambda recipes, **_: calls.extend(r["task"]["K"] for r in recipes) or [pd.DataFrame({"step": [0]})]
     )
     again = run({"set": {"mishap": "error"}, "grid": {"K": [64, 13]}}, tmp_path / "error")
     assert calls == [13]

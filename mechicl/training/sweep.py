@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from mechicl.errors import CheckpointError, OptionError
 from mechicl.training.cells import Cell, cells, group_size, groups, read_spec
 from mechicl.training.sweep_store import PLAN, RESULTS, Store, as_cell, read_results
-from mechicl.training.sweep_work import TRAINER, Outcome, parquet_bytes, work
+from mechicl.training.sweep_work import TRAINER, How, Outcome, parquet_bytes, work
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,6 +38,7 @@ def run(
     together: int | None = None,
     threads: int | None = None,
     device: str | None = None,
+    keep_models: bool = False,
     ray_address: str | None = None,
     progress: bool = True,
     trainer: str = TRAINER,
@@ -51,6 +52,7 @@ def run(
         together: At most so many cells with the same shapes are trained in one batched step; by default 4 on a CPU and 64 on a GPU.
         threads: Threads of each worker; by default the machine's cores are shared out.
         device: Where to train ("cuda", "mps", ...); by default the CPU.
+        keep_models: Keep each cell's run in models/<cell>: `load_toy` opens it, and a cell that was in flight goes on from its last checkpoint.
         ray_address: A Ray cluster's address ("auto", "host:port", "local" to start one here); `workers` then only decides how finely groups are cut.
         trainer: The module that trains (see `mechicl.training.sweep_work`).
 
@@ -72,26 +74,21 @@ def run(
     wanted = read_spec(spec)
     module = importlib.import_module(trainer)
     store = Store(out, wanted, cells(wanted, module.resolve))
+    how = How(trainer, device, str((store.out / "models").absolute()) if keep_models else None)
     with store.alone():
+        store.begin()
         todo = store.missing()
         jobs = groups(todo, module.alike, group_size(wanted, together, device), workers)
         if ray_address is not None:
             from mechicl.training.sweep_ray import crew
 
-            outcomes = crew(jobs, address=ray_address, threads=threads or 1, trainer=trainer, device=device)
+            outcomes = crew(jobs, address=ray_address, threads=threads or 1, how=how)
         elif workers > 1:
             from mechicl.training.sweep_local import crew
 
-            outcomes = crew(
-                jobs,
-                workers=workers,
-                threads=threads or max(1, cores() // workers),
-                trainer=trainer,
-                device=device,
-                logs=store.out / "logs",
-            )
+            outcomes = crew(jobs, workers=workers, threads=threads or max(1, cores() // workers), how=how, logs=store.out / "logs")
         else:
-            outcomes = alone(jobs, trainer, threads, device)
+            outcomes = alone(jobs, threads, how)
         collect(store, outcomes, len(store.cells) - len(todo), progress)
     frame = read_results(store.out / RESULTS) if (store.out / RESULTS).exists() else pd.DataFrame()
     frame.attrs["failed"] = store.failures()
@@ -126,7 +123,7 @@ def collect(store: Store, outcomes: Generator[Outcome], before: int, progress: b
         store.assemble()
 
 
-def alone(jobs: Sequence[Sequence[Cell]], trainer: str, threads: int | None, device: str | None) -> Generator[Outcome]:
+def alone(jobs: Sequence[Sequence[Cell]], threads: int | None, how: How) -> Generator[Outcome]:
     """The groups one after another in this process."""
     import torch
 
@@ -134,7 +131,7 @@ def alone(jobs: Sequence[Sequence[Cell]], trainer: str, threads: int | None, dev
     torch.set_num_threads(threads or before)
     try:
         for job in jobs:
-            yield from work(trainer, [cell.id for cell in job], [cell.recipe for cell in job], device)
+            yield from work(how, [cell.id for cell in job], [cell.recipe for cell in job])
     finally:
         torch.set_num_threads(before)
 

@@ -16,11 +16,12 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Generator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
 from mechicl.training.cells import Cell
-from mechicl.training.sweep_work import Outcome
+from mechicl.training.sweep_work import How, Outcome
 
 TRIES = 2
 """A group whose worker dies is given to a fresh worker once, in two halves: a kill from outside is not the group's fault, and half needs less memory."""
@@ -80,14 +81,14 @@ class Worker:
         return f"its worker ended with exit code {code}; see {self.log}"
 
 
-def crew(jobs: Sequence[Job], *, workers: int, threads: int, trainer: str, device: str | None, logs: Path) -> Generator[Outcome]:
+def crew(jobs: Sequence[Job], *, workers: int, threads: int, how: How, logs: Path) -> Generator[Outcome]:
     """Train the groups in `workers` processes and yield how each cell ended, as it ends.
 
     Args:
         threads: Threads of each worker.
         logs: Folder for what the workers write to stderr.
     """
-    command = [sys.executable, "-m", "mechicl.training.sweep_work", "--trainer", trainer, *(() if device is None else ("--device", device))]
+    command = [sys.executable, "-m", "mechicl.training.sweep_work", json.dumps(asdict(how))]
     # a worker sees the modules that its driver sees, also those of a notebook's or a test's folder
     paths = os.pathsep.join(dict.fromkeys(path or os.getcwd() for path in sys.path))
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": paths}

@@ -12,19 +12,19 @@ from typing import Any
 
 from mechicl.errors import OptionError
 from mechicl.training.cells import Cell
-from mechicl.training.sweep_work import Outcome, work
+from mechicl.training.sweep_work import How, Outcome, work
 
 RETRIES = 2
 """How often Ray starts a group again whose worker or node died."""
 
 
-def crew(jobs: Sequence[tuple[Cell, ...]], *, address: str, threads: int, trainer: str, device: str | None) -> Generator[Outcome]:
+def crew(jobs: Sequence[tuple[Cell, ...]], *, address: str, threads: int, how: How) -> Generator[Outcome]:
     """Train the groups on a Ray cluster and yield how each cell ended, as it ends.
 
     Args:
         address: "auto" for the cluster that this machine belongs to, host:port, "ray://host:port", or "local" to start Ray here.
         threads: Cores and threads of each group.
-        device: Where to train; a group on "cuda" asks Ray for one GPU.
+        how: A device "cuda" asks Ray for one GPU a group; a folder for models must be one that every node has.
 
     Raises:
         OptionError: Ray is not installed, or there is no cluster at the address.
@@ -49,19 +49,19 @@ def crew(jobs: Sequence[tuple[Cell, ...]], *, address: str, threads: int, traine
                 f"ray_address must be that of a running cluster; got {address!r} ({error}). Start one, or use local."
             ) from error
     try:
-        yield from _outcomes(ray, jobs, threads, trainer, device)
+        yield from _outcomes(ray, jobs, threads, how)
     finally:
         if ours:
             ray.shutdown()
 
 
-def _outcomes(ray: Any, jobs: Sequence[tuple[Cell, ...]], threads: int, trainer: str, device: str | None) -> Generator[Outcome]:
+def _outcomes(ray: Any, jobs: Sequence[tuple[Cell, ...]], threads: int, how: How) -> Generator[Outcome]:
     paths = os.pathsep.join(dict.fromkeys(path or os.getcwd() for path in sys.path))
     environment = {"env_vars": {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": paths}}
     task = ray.remote(
-        num_cpus=threads, num_gpus=1 if (device or "").startswith("cuda") else 0, max_retries=RETRIES, runtime_env=environment
+        num_cpus=threads, num_gpus=1 if (how.device or "").startswith("cuda") else 0, max_retries=RETRIES, runtime_env=environment
     )(_train)
-    flying = {task.remote(trainer, device, [cell.id for cell in job], [cell.recipe for cell in job]): job for job in jobs}
+    flying = {task.remote(how, [cell.id for cell in job], [cell.recipe for cell in job]): job for job in jobs}
     while flying:
         for reference in ray.wait(list(flying))[0]:
             job = flying.pop(reference)
@@ -75,6 +75,6 @@ def _outcomes(ray: Any, jobs: Sequence[tuple[Cell, ...]], threads: int, trainer:
             yield from found
 
 
-def _train(trainer: str, device: str | None, cells: Sequence[str], recipes: Sequence[Mapping[str, Any]]) -> list[str]:
+def _train(how: How, cells: Sequence[str], recipes: Sequence[Mapping[str, Any]]) -> list[str]:
     """On a node: outcomes of a group, as lines."""
-    return [outcome.to_line() for outcome in work(trainer, cells, recipes, device)]
+    return [outcome.to_line() for outcome in work(how, cells, recipes)]

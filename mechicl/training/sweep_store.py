@@ -4,6 +4,7 @@
     cells/<cell>.parquet     one finished cell, one row group
     failed/<cell>.json       why a cell has no table
     results.parquet          every finished cell as one tidy table, one row group a cell
+    models/<cell>/           the cell's run with its checkpoints, where they are kept
     logs/<worker>.log        what the workers said
 Every file is written under a temporary name, flushed and renamed: a sweep killed at any moment leaves whole files only.
 """
@@ -30,41 +31,54 @@ if TYPE_CHECKING:
 PLAN = "sweep.json"
 RESULTS = "results.parquet"
 META = b"mechicl"
+OWN = (".lock", "cells", "failed", "logs")
+"""What a driver may leave that was killed before it wrote the plan."""
 
 
 class Store:
     """The folder of one sweep, open for its only driver."""
 
     def __init__(self, out: str | os.PathLike[str], spec: Spec, cells: Sequence[Cell]) -> None:
-        """Make the folder, or open that of the same sweep or of a smaller one.
+        """Make the folder, or open a sweep's.
 
         Raises:
             OutputPathError: it cannot be written, or holds other files.
-            CheckpointError: it holds finished cells that are not among `cells`.
         """
         self.out = Path(out)
+        self.spec = spec
         self.cells = {cell.id: cell for cell in cells}
         self.names = axis_names(spec)
         try:
+            if self.out.exists() and not (self.out / PLAN).exists() and any(path.name not in OWN for path in self.out.iterdir()):
+                raise OutputPathError(
+                    f"out must be a new or empty folder, or a sweep's; {self.out} holds other files. Choose another folder."
+                )
             for part in ("cells", "failed", "logs"):
-                if (
-                    self.out.exists()
-                    and not (self.out / PLAN).exists()
-                    and any(p.name != ".lock" for p in self.out.iterdir())
-                    and part == "cells"
-                ):
-                    raise OutputPathError(
-                        f"out must be a new or empty folder, or a sweep's; {self.out} holds other files. Choose another folder."
-                    )
                 (self.out / part).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputPathError(
                 f"out must be a folder that can be written; got {self.out} ({error.strerror}). Choose another place."
             ) from error
+
+    def begin(self) -> None:
+        """Write down what is asked for. The folder may hold the same sweep or a smaller one.
+
+        Raises:
+            CheckpointError: it holds finished cells that are not asked for, or a damaged file.
+        """
         if (self.out / PLAN).exists():
             self._agree(read_json(self.out / PLAN))
-        plan = {"spec": asdict(spec), "columns": self.names, "version": _version(),
-                "cells": {c.id: {"preset": c.preset, "seed": c.seed, "fields": c.fields, "labels": c.labels, "recipe": c.recipe} for c in cells}}  # fmt: skip
+        for cell in finished(self.out):
+            _read(self.out / "cells" / f"{cell}.parquet")
+        plan = {
+            "spec": asdict(self.spec),
+            "columns": self.names,
+            "version": _version(),
+            "cells": {
+                name: {"preset": c.preset, "seed": c.seed, "fields": c.fields, "labels": c.labels, "recipe": c.recipe}
+                for name, c in self.cells.items()
+            },
+        }
         write_text(self.out / PLAN, json.dumps(plan, indent=1) + "\n")
 
     def _agree(self, found: Mapping[str, Any]) -> None:

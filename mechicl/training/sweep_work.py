@@ -32,6 +32,15 @@ TRAINER = "mechicl.training.sweep_work"
 Kind = Literal["done", "diverged", "error", "lost"]
 
 
+@dataclass(frozen=True)
+class How:
+    """What every group of a sweep is trained with. `models`: a folder in which each cell keeps its run (checkpoints, to go on from and to look into); None keeps none."""
+
+    trainer: str = TRAINER
+    device: str | None = None
+    models: str | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Outcome:
     """How one cell ended: "done" with its table as Parquet bytes; "diverged" (a loss that is not a number), "error", "lost" (its worker died) with the reason."""
@@ -78,24 +87,26 @@ def alike(recipe: Mapping[str, Any]) -> str:
     return together_key(ToyRecipe.from_json(recipe))
 
 
-def train(recipes: Sequence[Mapping[str, Any]], *, device: str | None = None) -> list[pd.DataFrame]:
-    """Train the recipes in one batched step and return their measurements, one row per measured step."""
+def train(recipes: Sequence[Mapping[str, Any]], *, device: str | None = None, out: Sequence[str] | None = None) -> list[pd.DataFrame]:
+    """Train the recipes in one batched step and return their measurements, one row per measured step. Runs that lie in `out` are continued."""
     from mechicl.training.toy import train_many
     from mechicl.training.toy_recipe import ToyRecipe
 
-    return [run.table for run in train_many([ToyRecipe.from_json(one) for one in recipes], progress=False, device=device)]
+    made = [ToyRecipe.from_json(one) for one in recipes]
+    return [run.table for run in train_many(made, progress=False, device=device, out=out, resume=out is not None)]
 
 
-def work(trainer: str, cells: Sequence[str], recipes: Sequence[Mapping[str, Any]], device: str | None = None) -> list[Outcome]:
+def work(how: How, cells: Sequence[str], recipes: Sequence[Mapping[str, Any]]) -> list[Outcome]:
     """Train a group. When the group fails as a whole, each cell is tried alone, so that one bad cell does not take the others with it."""
-    module = importlib.import_module(trainer)
+    module = importlib.import_module(how.trainer)
+    out = None if how.models is None else [os.path.join(how.models, cell) for cell in cells]
     start = time.perf_counter()
     try:
-        tables = module.train(recipes, device=device)
+        tables = module.train(recipes, device=how.device, out=out)
     except Exception as error:
-        if len(cells) == 1 or isinstance(error, MemoryError):
-            return [_failure(cell, error, time.perf_counter() - start) for cell in cells]
-        return [one for cell, recipe in zip(cells, recipes, strict=True) for one in work(trainer, [cell], [recipe], device)]
+        if len(cells) == 1:
+            return [_failure(cells[0], error, time.perf_counter() - start)]
+        return [one for cell, recipe in zip(cells, recipes, strict=True) for one in work(how, [cell], [recipe])]
     seconds = (time.perf_counter() - start) / len(cells)
     return [replace(_ending(cell, table), seconds=seconds) for cell, table in zip(cells, tables, strict=True)]
 
@@ -129,11 +140,11 @@ def parquet_bytes(table: pd.DataFrame) -> bytes:
     return out.getvalue()
 
 
-def serve(trainer: str, device: str | None, source: Iterable[str], sink: Any) -> None:
+def serve(how: How, source: Iterable[str], sink: Any) -> None:
     """Take groups, line by line, and answer with their outcomes."""
     for line in source:
         job = json.loads(line)
-        for outcome in work(trainer, job["cells"], job["recipes"], device):
+        for outcome in work(how, job["cells"], job["recipes"]):
             sink.write(outcome.to_line() + "\n")
         sink.flush()
 
@@ -157,13 +168,12 @@ def _lines_or_leave() -> Iterable[str]:
 def main() -> None:
     """A worker process of `mechicl.training.sweep`."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--trainer", default=TRAINER)
-    parser.add_argument("--device", default=None)
-    options = parser.parse_args()
+    parser.add_argument("how", type=json.loads)
+    how = How(**parser.parse_args().how)
     # what libraries write to stdout must not mix with the outcomes
     sink = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    serve(options.trainer, options.device, _lines_or_leave(), sink)
+    serve(how, _lines_or_leave(), sink)
 
 
 if __name__ == "__main__":
