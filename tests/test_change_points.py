@@ -85,7 +85,7 @@ def test_levels_agree_with_exhaustive_search() -> None:
 def test_the_order_of_emergence_is_found_with_intervals() -> None:
     result = emergence(runs(5, ph1_00=200.0, ih_10=800.0, accuracy_ic=850.0))
     assert [p.measure for p in result.points] == ["ph1_00", "ih_10", "accuracy_ic"]
-    first, second, third = result.points
+    first = result.points[0]
     assert first.at.low < 200 < first.at.high
     assert first.n_changed == 5
     # the clocks of a run are off together: the paired lead of two doublings is sharp where the steps themselves are not
@@ -157,7 +157,7 @@ def test_a_run_at_a_step_is_its_last_measurement_by_then() -> None:
     table = runs(2, a=300.0)
     assert at_step(table)["step"].tolist() == [8000, 8000]
     assert (at_step(table, 1000)["step"] <= 1000).all()
-    with pytest.raises(OptionError, match="measured by then|was measured"):
+    with pytest.raises(OptionError, match="a run was measured"):
         at_step(table, -1)
 
 

@@ -74,7 +74,9 @@ def test_an_emptied_modality_equals_sequences_made_without_it(two: tuple[Planted
     inputs["inputs_embeds"].scatter_(1, at[..., None].expand(-1, -1, TWO.D1), 0.0)
     logits = planted.model.classify(inputs["inputs_embeds"], inputs["second_values"])
     right = logits.argmax(-1) == torch.tensor(batch.answers)
-    assert table[FIRST].accuracy.value == pytest.approx(float(right.float().mean()), abs=0.05)  # ties fall to a coin there, to the first label here
+    assert table[FIRST].accuracy.value == pytest.approx(
+        float(right.float().mean()), abs=0.05
+    )  # ties fall to a coin there, to the first label here
 
 
 @pytest.mark.parametrize("how", ["zero", "mean"])

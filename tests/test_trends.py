@@ -33,7 +33,13 @@ def table(n_settings: int = 24, n_seeds: int = 3, seed: int = 0, link: float = 1
             ih = float(np.clip(strength + rng.normal(0, 0.05), 0, 1))
             end = {"accuracy_ic": link * ih + (1 - link) * rng.random() + rng.normal(0, 0.03), "accuracy_iw": rng.random(), "cla_ic": ih**2,
                    "ih_1.0": ih, "ph1_0.0": rng.random(), "tla_1.0": level + rng.normal(0, 0.02)}  # fmt: skip
-            common = {"cell": f"c{setting}-{s}", "preset": "cpu", "seed": s, "K": 2**setting, "positions": "rope" if setting % 2 else "alibi"}
+            common = {
+                "cell": f"c{setting}-{s}",
+                "preset": "cpu",
+                "seed": s,
+                "K": 2**setting,
+                "positions": "rope" if setting % 2 else "alibi",
+            }
             rows.append(common | {"step": 0, "loss": 3.4} | dict.fromkeys(end, 0.03) | {"ih_1.0": rng.random() / 100})
             rows.append(common | {"step": 100, "loss": 0.4} | end)
     return pd.DataFrame(rows)

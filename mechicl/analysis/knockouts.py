@@ -91,7 +91,7 @@ def knock_out_table(
         first, *random = trial.without(switches)
         rows.append(trial.row(name, "heads", first, heads=tuple(some)))
         if random:
-            label = f"random heads in place of the {name.removesuffix(' off')} ({len(random)} draws)"
+            label = f"random heads in place of the {name.removesuffix(' off')} ({len(random)} {'draw' if len(random) == 1 else 'draws'})"
             rows.append(trial.mean_row(label, "random heads", random, drawn.sets[0] if len(random) == 1 else ()))
         notes += [f"{name}: {drawn.note}"] if drawn.note else []
     if "second_pos" in batch.inputs:

@@ -3,6 +3,8 @@
     plot(scores)                      # every score, small grids
     plot(scores["induction"])         # one score, with the ranking
     plot(ablation), plot(curve), plot(accuracy), plot(roles), plot(series)
+    plot(bands), plot(emergence), plot(correlations), plot(forest), plot(knock_outs)       # over many trainings
+    plot_sweep(table, x="K", y="accuracy_ic", color="positions")
 
 A figure is returned, never shown or written. Its arrays are the result's arrays.
 """
@@ -12,17 +14,36 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import lru_cache, singledispatch
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from mechicl.errors import OptionError
-from mechicl.results import Ablation, DoseCurve, Head, HeadScores, ICLAccuracy, PromptView, RoleAttention, Score, Series
-from mechicl.views import curves, grids, theme
+from mechicl.results import (
+    Ablation,
+    Bands,
+    Correlations,
+    DoseCurve,
+    Emergence,
+    Estimate,
+    Forest,
+    Head,
+    HeadScores,
+    ICLAccuracy,
+    KnockOutTable,
+    PromptView,
+    RoleAttention,
+    Score,
+    Series,
+)
+from mechicl.views import curves, grids, sweeps, theme
 
-__all__ = ["figure_json", "javascript", "plot", "plot_pattern"]
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["figure_json", "javascript", "plot", "plot_pattern", "plot_sweep"]
 
 
 def _figure(spec: grids.Spec, dark: bool = False) -> go.Figure:
@@ -44,7 +65,7 @@ def plot(result: Any, **options: Any) -> go.Figure:
     Args:
         result: A result of `mechicl.results`.
         options: What the kind of result offers: `dark=True` everywhere; `n_key_value_heads`, `top` (Score); `heads`, `limit` (RoleAttention);
-            `controls` (ICLAccuracy); `singles` (Ablation); `columns` (HeadScores).
+            `controls` (ICLAccuracy); `singles` (Ablation); `columns` (HeadScores); `changes`, `log` (Bands); `top` (Correlations, Forest).
 
     Returns:
         A plotly figure; its arrays are the result's arrays.
@@ -88,6 +109,72 @@ def _(result: DoseCurve, *, dark: bool = False) -> go.Figure:
 @plot.register
 def _(result: Series, *, dark: bool = False) -> go.Figure:
     return _figure(curves.growth_lines(result), dark)
+
+
+@plot.register
+def _(result: Bands, *, changes: Emergence | None = None, log: bool = True, dark: bool = False) -> go.Figure:
+    return _figure(sweeps.growth_bands(result, changes=changes, log=log), dark)
+
+
+@plot.register
+def _(result: Emergence, *, dark: bool = False) -> go.Figure:
+    return _figure(sweeps.emergence_rows(result), dark)
+
+
+@plot.register
+def _(result: Correlations, *, top: int = 20, dark: bool = False) -> go.Figure:
+    return _figure(sweeps.correlation_rows(result, top=top), dark)
+
+
+@plot.register
+def _(result: Forest, *, top: int = 15, dark: bool = False) -> go.Figure:
+    return _figure(sweeps.forest_rows(result, top=top), dark)
+
+
+@plot.register
+def _(result: KnockOutTable, *, dark: bool = False) -> go.Figure:
+    return _figure(sweeps.knock_out_rows(result), dark)
+
+
+def plot_sweep(
+    table: pd.DataFrame,
+    x: str,
+    y: str | Sequence[str] = "accuracy_ic",
+    *,
+    color: str | None = None,
+    facet: str | None = None,
+    step: int | None = None,
+    log_x: bool = True,
+    title: str = "",
+    dark: bool = False,
+) -> go.Figure:
+    """A sweep's results over one setting: mean over runs with the band of its interval, and every run as a dot.
+
+    Args:
+        table: A sweep's table, or rows of it. Rows that differ in settings other than x, color and facet are averaged: choose them before.
+        x: The setting along the axis; logarithmic where it is numbers above zero, unless `log_x` is False.
+        y: The measure, or several: a line each.
+        color: A setting: a line for each of its values.
+        facet: A setting: a panel for each of its values.
+        step: Each run as it was at its last measured step up to this one; None: at its end.
+        title: In place of the one made of the names.
+        dark: For a dark page.
+
+    Raises:
+        OptionError: a column that the table does not have, or no rows.
+    """
+    from mechicl.analysis.bands import at_step, runs_estimate
+
+    names = [y] if isinstance(y, str) else list(y)
+    sweeps.check_columns(table, [x, color, facet, *names, "step"])
+    rows = at_step(table, step)
+    percent = all(name.startswith(("accuracy", "cla")) for name in names)
+    positive = log_x and bool((rows[x] > 0).all() if rows[x].dtype.kind in "iuf" else False)
+
+    def stat(values: np.ndarray) -> Estimate:
+        return runs_estimate(values, unit="probability" if percent else "measure")
+
+    return _figure(sweeps.sweep_lines(rows, x, names, color, facet, stat, log_x=positive, percent=percent, title=title), dark)
 
 
 def plot_pattern(view: PromptView, head: Head, *, positions: Sequence[int] | None = None, dark: bool = False) -> go.Figure:
