@@ -457,6 +457,8 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         model(torch.zeros(2, 5, dtype=torch.long))
     with pytest.raises(OptionError, match="d_input = 64 wide"):
         model(vectors(width=63))
+    with pytest.raises(OptionError, match="attention_mask must be"):
+        model({"inputs_embeds": vectors(), "attention_mask": torch.ones(3, N_POS + 1)})
     with pytest.raises(MissingInputError, match="second_pos must come with"):
         model({"inputs_embeds": vectors(), "second_values": vectors(n_pos=2)})
     with pytest.raises(OptionError, match="features must be d_input"):

@@ -34,6 +34,10 @@ Given = Batch | Mapping[str, Any] | Tensor
 class ToyTransformer(ToyWeights, Hooked):
     """A small causal transformer with the surface of `HookedVLM`: what takes one takes the other.
 
+    Over vectors its inputs are `inputs_embeds` [batch, pos, d_input], and where there are: `attention_mask`; `position_ids` (else places count the mask);
+    `second_values` [batch, n_second, *shape] with `second_pos` [batch, n_second], which pass encoder and projector, then `hook_image_features`
+    [batch, n_second, d_input], and stand in those positions.
+
     Args:
         cfg: Sizes, from `toy_config`.
         renderer: Turns episodes into batches; needed for `render` only.
@@ -235,6 +239,10 @@ class ToyTransformer(ToyWeights, Hooked):
                 f"{name} must be given, {shape}; got {None if given is None else tuple(given.shape)}. The model reads {self.cfg.inputs}."
             )
         mask = inputs.get("attention_mask")
+        if mask is not None and mask.shape != given.shape[:2]:
+            raise OptionError(
+                f"attention_mask must be {list(given.shape[:2])} as {name} is; got {list(mask.shape)}. Vectors cannot be continued with token ids."
+            )
         return torch.ones(given.shape[:2], dtype=torch.long, device=self.device) if mask is None else mask.to(self.device)
 
     def _last(self, batch: Given) -> Tensor:
