@@ -13,7 +13,7 @@ import pandas as pd
 
 from mechicl.errors import OptionError
 
-FIELDS: dict[str, Any] = {"lr": 0.1, "steps": 3, "wait": 0.0, "mishap": "", "at": ""}
+FIELDS: dict[str, Any] = {"lr": 0.1, "steps": 3, "wait": 0.0, "mishap": "", "at": "", "start": None, "early_fusion": False}
 TASK: dict[str, Any] = {"K": 64, "alpha": 0.0}
 
 
@@ -33,11 +33,13 @@ def alike(recipe: Mapping[str, Any]) -> str:
 
 
 def train(recipes: Sequence[Mapping[str, Any]], *, device: str | None = None, out: Sequence[str] | None = None) -> list[pd.DataFrame]:
-    out = []
+    tables = []
     for recipe in recipes:
         print("a line that a library writes to stdout")  # noqa: T201
         time.sleep(recipe["wait"])
         note(recipe)
+        if out is not None:
+            Path(out[len(tables)]).mkdir(parents=True, exist_ok=True)
         bad = recipe["task"]["K"] == 13
         if bad and recipe["mishap"] == "error":
             raise RuntimeError("thirteen")
@@ -49,15 +51,15 @@ def train(recipes: Sequence[Mapping[str, Any]], *, device: str | None = None, ou
         steps = list(range(recipe["steps"]))
         value = [recipe["task"]["K"] * recipe["lr"] + recipe["seed"] + step for step in steps]
         loss = [float("nan") if bad and recipe["mishap"] == "nan" and step else 1.0 / (1 + step) for step in steps]
-        table = {"step": steps, "loss": loss, "accuracy_ic": value}
+        measured = {"step": steps, "loss": loss, "accuracy_ic": value}
         if recipe["task"]["K"] > 100:
-            table["ih_1.0"] = value
-        out.append(pd.DataFrame(table))
-    return out
+            measured["ih_1.0"] = value
+        tables.append(pd.DataFrame(measured))
+    return tables
 
 
 def note(recipe: Mapping[str, Any]) -> None:
     """A line for every cell begun, where the test asked for it."""
     if recipe["at"]:
         with (Path(recipe["at"]) / "begun.txt").open("a") as file:
-            file.write(f"{recipe['task']['K']} {recipe['seed']}\n")
+            file.write(f"{recipe['task']['K']} {recipe['seed']}" + (f" from {recipe['start']}\n" if recipe["start"] else "\n"))

@@ -296,6 +296,66 @@ def test_a_sweep_of_failures_gives_an_empty_table(tmp_path: Path) -> None:
     assert len(table.attrs["failed"]) == 1
 
 
+# stages
+
+
+STAGED: dict[str, Any] = {
+    "before": {"K": "$K", "steps": 2},
+    "seeds": 2,
+    "grid": {"K": [64, 128], "lr": [0.1, 0.2]},
+    "also": [{"early_fusion": True, "K": [64]}, {"before": False, "K": [32]}],
+}
+
+
+def test_what_cells_start_from_is_trained_once_for_all_of_them(tmp_path: Path) -> None:
+    note = tmp_path / "note"
+    note.mkdir()
+    spec = {**STAGED, "set": {"at": str(note)}, "before": {**STAGED["before"], "at": str(note)}}
+    table = run(spec, tmp_path / "out")
+    first = {c.before.id: c.before for c in expand(spec) if c.before is not None}
+    assert sorted((c.value("K"), c.seed, c.value("steps")) for c in first.values()) == [(64, 0, 2), (64, 1, 2), (128, 0, 2), (128, 1, 2)]
+    lines = begun(note)
+    assert sorted(lines[:4]) == ["128 0", "128 1", "64 0", "64 1"]
+    started = {line.split(" from ")[0]: Path(line.split(" from ")[1]) for line in lines[4:] if "from" in line}
+    assert {seed_and_k: path.name for seed_and_k, path in started.items()} == {f"{c.value('K')} {c.seed}": i for i, c in first.items()}
+    assert all(path.is_dir() and path.parent == tmp_path / "out" / "models" for path in started.values())
+    assert lines.count("64 0") == 2  # before, and the early fusion that starts from nothing
+    assert {(k, b) for k, b in zip(table["K"], table["before"], strict=True)} == {(64, True), (128, True), (64, False), (32, False)}
+    assert table["cell"].nunique() == 8 + 2 + 2
+    pd.testing.assert_frame_equal(run(spec, tmp_path / "out"), table)
+    assert begun(note) == lines
+
+
+def test_another_earlier_training_makes_other_cells() -> None:
+    ids = [{c.id for c in expand({**STAGED, "before": before, "also": []})} for before in ({"K": "$K"}, {"K": "$K", "steps": 2}, {"K": 64})]
+    assert not ids[0] & ids[1]
+    assert len(ids[0] & ids[2]) == 4  # where K is 64 anyway
+
+
+def test_a_failed_earlier_training_takes_along_what_starts_from_it(tmp_path: Path) -> None:
+    spec = {"before": {"K": "$K", "mishap": "error"}, "grid": {"K": [13, 64], "lr": [0.1, 0.2]}}
+    table = run(spec, tmp_path / "out")
+    assert table["K"].unique().tolist() == [64]
+    reasons = sorted(table.attrs["failed"].values())
+    assert [reason.split(":")[0] for reason in reasons] == ["K=13, lr=0.1, seed=0", "K=13, lr=0.2, seed=0", "before"]
+    assert "the training before it has no result" in reasons[0]
+    assert sweep.failures(tmp_path / "out") == table.attrs["failed"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ({"before": {"K": "$L"}}, "before must be a field of the cell"),
+        ({"before": {"K": 64}, "set": {"start": "runs/one"}}, "start must be left out"),
+        ({"before": True}, "table of fields, or false"),
+        ({"before": {"KK": 64}}, "'KK'"),
+    ],
+)
+def test_an_earlier_training_that_cannot_be_is_refused(spec: dict[str, Any], says: str) -> None:
+    with pytest.raises(OptionError, match=says):
+        expand(spec)
+
+
 def start(spec: dict[str, Any], out: Path, **options: Any) -> subprocess.Popen[bytes]:
     """A driver in a process of its own."""
     given = {"spec": spec, "out": str(out), "trainer": "sweep_stand_in", "progress": False, **options}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +128,29 @@ def test_kept_models_are_the_trained_ones_and_a_cell_in_flight_goes_on(tmp_path:
     pd.testing.assert_frame_equal(again, table)
     for model, cell in whole:
         assert same_tensors(model.state_dict(), load_toy(tmp_path / "out" / "models" / cell).state_dict())
+
+
+def test_a_second_stage_starts_from_the_first_ones_weights_in_its_world(tmp_path: Path) -> None:
+    both = {"steps": 4, "points": 3, "probe_n": 16, "batch": 8, "L": 8}
+    spec = {"preset": "cpu_multimodal", "seeds": 2, "set": {**both, "D1": 16, "D2": 8, "K1": 16, "B": 4}, "grid": {"K2": [8, 16]},
+            "before": {"preset": "cpu", **both, "D": 16, "K": "$K1"}}  # fmt: skip
+    table = sweep.run(spec, tmp_path / "out", keep_models=True, progress=False)
+    assert table.attrs["failed"] == {}
+    assert table["cell"].nunique() == 4
+    for cell in toys(spec):
+        assert cell.before is not None
+        first = load_toy(tmp_path / "out" / "models" / cell.before.id).state_dict()
+        second = load_toy(tmp_path / "out" / "models" / cell.id, step=0).state_dict()
+        assert same_tensors(first, {name: second[name] for name in first})
+        assert cell.before.recipe["task"]["seed"] == cell.recipe["task"]["seed"]
+    assert "  before them: 2 trainings that they start from, in 1 groups" in outlook(spec)
+
+
+def test_the_format_in_the_docs_is_a_sweep() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "sweeps.md").read_text()
+    first, second = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    assert len(toys(tomllib.loads(first))) == 6 * 5 + 2 * 2 + 2 * 5
+    assert len(toys(tomllib.loads(second))) == 4 * 3 + 2 * 3
 
 
 def test_the_outlook_names_cells_groups_and_a_time(tmp_path: Path) -> None:

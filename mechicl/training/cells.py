@@ -25,15 +25,18 @@ import json
 import os
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mechicl.errors import OptionError
 
-KEYS = ("preset", "seeds", "set", "grid", "also", "group", "about")
+KEYS = ("preset", "seeds", "set", "grid", "also", "before", "group", "about")
 RESERVED = ("cell", "seed", "step", "loss", "accuracy", "cla")
 """Columns of a results table that no setting may be called."""
+
+START = "cell:"
+"""A `start` that is another cell of the sweep, by its id, in place of a path."""
 
 Resolve = Callable[[str, Mapping[str, Any], int], dict[str, Any]]
 """(preset, fields, seed) -> the whole recipe as JSON values."""
@@ -41,11 +44,15 @@ Resolve = Callable[[str, Mapping[str, Any], int], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Grid:
-    """Every combination of `axes`; `fixed` fields, preset and seeds are the same (or the same range) in each."""
+    """Every combination of `axes`; `fixed` fields, preset and seeds are the same (or the same range) in each.
+
+    `before`: fields of a training that each cell starts from; "$K1" stands for the cell's own K1.
+    """
 
     axes: Mapping[str, tuple[Any, ...]]
     fixed: Mapping[str, Any]
     seeds: tuple[int, ...]
+    before: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class Cell:
     """One training of a sweep.
 
     `fields`: what the spec sets in it, by name. `labels`: the value of every column that the spec's grids name, where the recipe does not have it.
-    `recipe`: the whole recipe as JSON values; `id` is a hash of it.
+    `recipe`: the whole recipe as JSON values; `id` is a hash of it. `before`: the training whose model it starts from; the recipe's `start` names it.
     """
 
     id: str
@@ -71,6 +78,7 @@ class Cell:
     fields: Mapping[str, Any]
     recipe: Mapping[str, Any]
     labels: Mapping[str, Any] = field(default_factory=dict)
+    before: Cell | None = None
 
     def value(self, name: str) -> Any:
         """A setting by the name that the spec uses, from the recipe where the spec leaves it alone; None where this cell has none."""
@@ -121,16 +129,18 @@ def _spec(given: Mapping[str, Any]) -> Spec:
     common = dict(given.get("set", {})) | ({"preset": given["preset"]} if "preset" in given else {})
     seeds = _seeds(given.get("seeds", 1))
     tables = [*([given["grid"]] if "grid" in given else []), *given.get("also", [])]
-    grids = tuple(_grid(table, common, seeds) for table in tables or [{}])
+    grids = tuple(_grid(table, common, seeds, given.get("before")) for table in tables or [{}])
     return Spec(grids, given.get("group", True), given.get("about", ""))
 
 
-def _grid(table: Mapping[str, Any], common: Mapping[str, Any], seeds: tuple[int, ...]) -> Grid:
+def _grid(table: Mapping[str, Any], common: Mapping[str, Any], seeds: tuple[int, ...], before: Any) -> Grid:
     axes: dict[str, tuple[Any, ...]] = {}
     fixed = dict(common)
     for name, value in table.items():
         if name == "seeds":
             seeds = _seeds(value)
+        elif name == "before":
+            before = value
         elif name in RESERVED:
             raise OptionError(
                 f"a grid's field must not be called {name!r}. " + ("Use seeds = [...]." if name == "seed" else "Pick another name.")
@@ -143,8 +153,9 @@ def _grid(table: Mapping[str, Any], common: Mapping[str, Any], seeds: tuple[int,
             axes[name] = tuple(value)
         else:
             fixed[name] = value
-    clash = [name for name in axes if name in fixed]
-    return Grid(axes, {k: v for k, v in fixed.items() if k not in clash}, seeds)
+    if not (isinstance(before, Mapping) or before is None or before is False):
+        raise OptionError(f"before must be a table of fields, or false; got {before!r}. Write it as docs/sweeps.md shows.")
+    return Grid(axes, {k: v for k, v in fixed.items() if k not in axes}, seeds, before or None)
 
 
 def _seeds(value: Any) -> tuple[int, ...]:
@@ -170,6 +181,8 @@ def axis_names(spec: Spec) -> list[str]:
     for name in dict.fromkeys(key for one in fixed for key in one):
         if any(one.get(name) != fixed[0].get(name) for one in fixed):
             names[name] = None
+    if len({grid.before is None for grid in spec.grids}) > 1:
+        names["before"] = None
     return [name for name in names if name != "preset"]
 
 
@@ -190,13 +203,30 @@ def cells(spec: Spec, resolve: Resolve) -> list[Cell]:
             preset = str(fields.pop("preset", "cpu"))
             for seed in grid.seeds:
                 try:
-                    recipe = resolve(preset, fields, seed)
+                    cell = _cell(preset, seed, fields, labels, grid.before, resolve)
                 except ValueError as error:
                     where = ", ".join(f"{k}={v}" for k, v in point.items()) or "every cell"
                     raise OptionError(f"{error} (in the cell with {where})") from error
-                cell = Cell(digest(recipe), preset, seed, fields, recipe, labels)
                 found.setdefault(cell.id, cell)
     return list(found.values())
+
+
+def _cell(
+    preset: str, seed: int, fields: Mapping[str, Any], labels: Mapping[str, Any], before: Mapping[str, Any] | None, resolve: Resolve
+) -> Cell:
+    recipe = resolve(preset, fields, seed)
+    cell = Cell(digest(recipe), preset, seed, fields, recipe, {**labels, "before": False})
+    if before is None or recipe.get("early_fusion"):  # which skips the earlier stage
+        return cell
+    if recipe.get("start") is not None:
+        raise OptionError(f"start must be left out with before, which sets it; got {recipe['start']!r}. Drop one of them.")
+    given = {name: cell.value(x[1:]) if isinstance(x, str) and x.startswith("$") else x for name, x in before.items()}
+    unknown = [name for name, x in given.items() if x is None]
+    if unknown:
+        raise OptionError(f"{unknown[0]} of before must be a field of the cell; got {before[unknown[0]]!r}. Correct the name after the $.")
+    first = _cell(str(given.pop("preset", "cpu")), seed, given, {}, None, resolve)
+    recipe = {**recipe, "start": START + first.id}
+    return Cell(digest(recipe), preset, seed, fields, recipe, {**labels, "before": True}, first)
 
 
 def _points(grid: Grid) -> Iterator[dict[str, Any]]:
@@ -224,6 +254,17 @@ def _flatten(point: Mapping[str, Any], fixed: Mapping[str, Any], bundles: set[st
         own |= set(inner)
         fields |= inner
     return fields, labels
+
+
+def starting(cell: Cell, models: str) -> Cell:
+    """The cell with the folder of the model it starts from in its recipe.
+
+    Args:
+        models: The folder of the sweep's kept models.
+    """
+    if cell.before is None:
+        return cell
+    return replace(cell, recipe={**cell.recipe, "start": os.path.join(models, cell.before.id)})
 
 
 def digest(recipe: Mapping[str, Any]) -> str:

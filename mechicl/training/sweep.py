@@ -13,12 +13,13 @@ import contextlib
 import os
 import sys
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mechicl.errors import CheckpointError, OptionError
-from mechicl.training.cells import Cell, cells, group_size, groups, read_spec
-from mechicl.training.sweep_store import PLAN, RESULTS, Store, as_cell, read_results
+from mechicl.training.cells import Cell, cells, group_size, groups, read_spec, starting
+from mechicl.training.sweep_store import PLAN, RESULTS, Store, read_results
 from mechicl.training.sweep_work import TRAINER, How, Outcome, parquet_bytes, work
 
 if TYPE_CHECKING:
@@ -74,29 +75,46 @@ def run(
     wanted = read_spec(spec)
     module = importlib.import_module(trainer)
     store = Store(out, wanted, cells(wanted, module.resolve))
-    how = How(trainer, device, str((store.out / "models").absolute()) if keep_models else None)
-    with store.alone():
-        store.begin()
-        todo = store.missing()
-        jobs = groups(todo, module.alike, group_size(wanted, together, device), workers)
+    how = How(trainer, device, str(store.models) if keep_models else None)
+    size = group_size(wanted, together, device)
+
+    def outcomes(todo: Sequence[Cell], how: How) -> Generator[Outcome]:
+        jobs = groups([starting(cell, str(store.models)) for cell in todo], module.alike, size, workers)
         if ray_address is not None:
             from mechicl.training.sweep_ray import crew
 
-            outcomes = crew(jobs, address=ray_address, threads=threads or 1, how=how)
-        elif workers > 1:
+            return crew(jobs, address=ray_address, threads=threads or 1, how=how)
+        if workers > 1:
             from mechicl.training.sweep_local import crew
 
-            outcomes = crew(jobs, workers=workers, threads=threads or max(1, cores() // workers), how=how, logs=store.out / "logs")
-        else:
-            outcomes = alone(jobs, threads, how)
-        collect(store, outcomes, len(store.cells) - len(todo), progress)
+            return crew(jobs, workers=workers, threads=threads or max(1, cores() // workers), how=how, logs=store.out / "logs")
+        return alone(jobs, threads, how)
+
+    with store.alone():
+        store.begin()
+        first = store.missing(store.before)
+        if first:  # what later cells start from is always kept
+            collect(store, outcomes(first, replace(how, models=str(store.models))), len(first), "before", progress)
+        todo = startable(store, store.missing(store.cells))
+        collect(store, outcomes(todo, how), len(todo), "sweep", progress)
     frame = read_results(store.out / RESULTS) if (store.out / RESULTS).exists() else pd.DataFrame()
     frame.attrs["failed"] = store.failures()
     return frame
 
 
-def collect(store: Store, outcomes: Generator[Outcome], before: int, progress: bool) -> None:
-    """Keep outcomes as they come, and the results table now and then and at the end, also when the sweep is interrupted."""
+def startable(store: Store, todo: Sequence[Cell]) -> list[Cell]:
+    """The cells that have what they start from; the others have failed with it."""
+    ready = []
+    for cell in todo:
+        if cell.before is None or (store.out / "cells" / f"{cell.before.id}.parquet").exists():
+            ready.append(cell)
+        else:
+            store.write(Outcome(cell.id, "error", reason=f"the training before it has no result ({cell.before.id})"))
+    return ready
+
+
+def collect(store: Store, outcomes: Generator[Outcome], n: int, name: str, progress: bool) -> None:
+    """Keep n outcomes as they come, and the results table now and then and at the end, also when the sweep is interrupted."""
     import time
 
     from tqdm import tqdm
@@ -106,7 +124,7 @@ def collect(store: Store, outcomes: Generator[Outcome], before: int, progress: b
     try:
         with (
             contextlib.closing(outcomes),
-            tqdm(total=len(store.cells), initial=before, unit="cell", desc="sweep", disable=not progress) as bar,
+            tqdm(total=n, unit="cell", desc=name, disable=not progress) as bar,
         ):
             for outcome in outcomes:
                 store.write(outcome)
@@ -114,7 +132,7 @@ def collect(store: Store, outcomes: Generator[Outcome], before: int, progress: b
                 if outcome.kind != "done":
                     failed += 1
                     if progress:
-                        bar.write(f"{outcome.kind}: {store.cells[outcome.cell].describe(store.names)}: {outcome.reason}", file=sys.stderr)
+                        bar.write(f"{outcome.kind}: {store.describe(outcome.cell)}: {outcome.reason}", file=sys.stderr)
                     bar.set_postfix(failed=failed)
                 if time.monotonic() - saved > SAVE_EVERY:
                     store.assemble()
@@ -164,7 +182,8 @@ def failures(out: str | os.PathLike[str]) -> dict[str, str]:
     from mechicl.training.runs import read_json
 
     found = {path.stem: read_json(path) for path in sorted((Path(out) / "failed").glob("*.json"))}
-    known = {name: as_cell(name, data) for name, data in read_json(Path(out) / PLAN)["cells"].items()}
+    asked = read_json(Path(out) / PLAN)
+    known = asked.get("before", {}) | asked["cells"]
     return {cell: f"{data['cell']}: {data['reason']}" for cell, data in found.items() if cell in known}
 
 

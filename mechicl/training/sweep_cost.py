@@ -61,9 +61,13 @@ def outlook(
     every = cells(wanted, module.resolve)
     done = set(finished(Path(out))) if out is not None else set()
     todo = [cell for cell in every if cell.id not in done]
-    jobs = groups(todo, module.alike, group_size(wanted, together, device), workers)
+    first = [cell for cell in {c.before.id: c.before for c in todo if c.before is not None}.values() if cell.id not in done]
+    earlier = groups(first, module.alike, group_size(wanted, together, device), workers)
+    jobs = earlier + groups(todo, module.alike, group_size(wanted, together, device), workers)
     names = axis_names(wanted)
-    lines = [f"{len(every)} cells, {len(every) - len(todo)} finished, {len(todo)} to train in {len(jobs)} groups"]
+    lines = [f"{len(every)} cells, {len(every) - len(todo)} finished, {len(todo)} to train in {len(jobs) - len(earlier)} groups"]
+    if first:
+        lines.append(f"  before them: {len(first)} trainings that they start from, in {len(earlier)} groups")
     lines += [f"  {name}: {', '.join(dict.fromkeys(str(cell.value(name)) for cell in every))}" for name in [*names, "seed"]]
     if not jobs:
         return lines
@@ -115,7 +119,7 @@ def _trial(job: Job, module: Any, device: str | None) -> Cost:
 
 
 def _timed(job: Job, module: Any, device: str | None, *, steps: int, points: int = 2) -> float:
-    short = {"steps": steps, "stop": None} | ({"points": points} if "points" in job[0].recipe else {})
+    short = {"steps": steps, "stop": None, "start": None} | ({"points": points} if "points" in job[0].recipe else {})
     start = time.perf_counter()
     module.train([{**cell.recipe, **{name: value for name, value in short.items() if name in cell.recipe}} for cell in job], device=device)
     return time.perf_counter() - start

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 PLAN = "sweep.json"
 RESULTS = "results.parquet"
 META = b"mechicl"
-OWN = (".lock", "cells", "failed", "logs")
+OWN = (".lock", "cells", "failed", "logs", "models")
 """What a driver may leave that was killed before it wrote the plan."""
 
 
@@ -47,6 +47,8 @@ class Store:
         self.out = Path(out)
         self.spec = spec
         self.cells = {cell.id: cell for cell in cells}
+        self.before = {cell.before.id: cell.before for cell in cells if cell.before is not None}
+        self.models = self.out.absolute() / "models"
         self.names = axis_names(spec)
         try:
             if self.out.exists() and not (self.out / PLAN).exists() and any(path.name not in OWN for path in self.out.iterdir()):
@@ -74,19 +76,17 @@ class Store:
             "spec": asdict(self.spec),
             "columns": self.names,
             "version": _version(),
-            "cells": {
-                name: {"preset": c.preset, "seed": c.seed, "fields": c.fields, "labels": c.labels, "recipe": c.recipe}
-                for name, c in self.cells.items()
-            },
+            "before": {name: _written(cell) for name, cell in self.before.items()},
+            "cells": {name: _written(cell) for name, cell in self.cells.items()},
         }
         write_text(self.out / PLAN, json.dumps(plan, indent=1) + "\n")
 
     def _agree(self, found: Mapping[str, Any]) -> None:
         """What is finished must be asked for again; more may be asked for."""
-        gone = [cell for cell in finished(self.out) if cell not in self.cells]
+        gone = [cell for cell in finished(self.out) if cell not in self.cells and cell not in self.before]
         if not gone:
             return
-        old = {cell: as_cell(cell, data) for cell, data in found["cells"].items()}
+        old = {cell: as_cell(cell, data) for cell, data in (found.get("before", {}) | found["cells"]).items()}
         example = old[gone[0]].describe(found["columns"]) if gone[0] in old else gone[0]
         why = _difference(old[gone[0]], self.cells.values()) if gone[0] in old else ""
         raise CheckpointError(
@@ -94,11 +94,17 @@ class Store:
             "Cells may be added; for another sweep use another folder."
         )
 
-    def missing(self) -> list[Cell]:
-        """Cells without a result, in the spec's order. A training that diverged is a result; one that failed otherwise is tried again."""
+    def missing(self, asked: Mapping[str, Cell]) -> list[Cell]:
+        """Those of `cells` or `before` without a result, in the spec's order. A training that diverged is a result; one that failed otherwise is tried again."""
         done = set(finished(self.out))
         done |= {path.stem for path in (self.out / "failed").glob("*.json") if read_json(path)["kind"] == "diverged"}
-        return [cell for cell in self.cells.values() if cell.id not in done]
+        return [cell for cell in asked.values() if cell.id not in done]
+
+    def describe(self, cell: str) -> str:
+        """A cell's settings in words."""
+        if cell in self.cells:
+            return self.cells[cell].describe(self.names)
+        return "before: " + self.before[cell].describe(list(self.before[cell].fields))
 
     def write(self, outcome: Outcome) -> None:
         """Keep how a cell ended.
@@ -112,8 +118,7 @@ class Store:
                 write_bytes(self.out / "cells" / f"{outcome.cell}.parquet", outcome.table)
                 failed.unlink(missing_ok=True)
             else:
-                cell = self.cells[outcome.cell]
-                about = {"kind": outcome.kind, "reason": outcome.reason, "cell": cell.describe(self.names), "detail": outcome.detail}
+                about = {"kind": outcome.kind, "reason": outcome.reason, "cell": self.describe(outcome.cell), "detail": outcome.detail}
                 write_text(failed, json.dumps(about, indent=1) + "\n")
         except OSError as error:
             raise OutputPathError(
@@ -123,7 +128,7 @@ class Store:
     def failures(self) -> dict[str, str]:
         """Cell -> why it has no table."""
         found = {path.stem: read_json(path) for path in sorted((self.out / "failed").glob("*.json"))}
-        return {cell: f"{data['cell']}: {data['reason']}" for cell, data in found.items() if cell in self.cells}
+        return {cell: f"{data['cell']}: {data['reason']}" for cell, data in found.items() if cell in self.cells or cell in self.before}
 
     def assemble(self) -> Path | None:
         """Write the results table from the finished cells; None where there is none yet."""
@@ -185,6 +190,11 @@ class Store:
             except OSError as error:
                 raise OutputPathError(f"out must be free; another sweep is at work in {self.out}. Wait for it or stop it.") from error
             yield
+
+
+def _written(cell: Cell) -> dict[str, Any]:
+    """A cell for sweep.json."""
+    return {"preset": cell.preset, "seed": cell.seed, "fields": cell.fields, "labels": cell.labels, "recipe": cell.recipe}
 
 
 def finished(out: Path) -> list[str]:
