@@ -21,7 +21,7 @@ from mechicl.models.hooked import Hooked, HookPoint, RowReducer
 from mechicl.models.positions import alibi_slopes, one_hot, rope_tables, rotate
 from mechicl.models.toy_config import Positions, ToyConfig, toy_config
 from mechicl.models.toy_parts import Setting, ToyAttention, ToyBlock, ToyClassifier, ToyMLP, ToyNorm
-from mechicl.models.toy_weights import ToyWeights, initialise
+from mechicl.models.toy_weights import ToyWeights
 from mechicl.prompts.batch import Batch, Renders
 from mechicl.prompts.episode import Episode
 
@@ -77,7 +77,7 @@ class ToyTransformer(ToyWeights, Hooked):
         self.ln_final = ToyNorm(cfg.d_model, cfg.norm) if cfg.norm else None
         if cfg.classifier == "mlp":
             self.classifier = ToyClassifier(cfg)
-        initialise(self, cfg, seed, sharpness)
+        self._initialise(seed, sharpness)
         self.encoder, self.projector = encoder, projector
         if cfg.inputs == "vectors":
             self.hook_image_features = HookPoint()

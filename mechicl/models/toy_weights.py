@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +13,7 @@ from mechicl.models.toy_config import ToyConfig
 
 
 def initialise(model: nn.Module, cfg: ToyConfig, seed: int, sharpness: float) -> None:
-    """Initial weights of every parameter the model has so far, as `cfg.init` says. Norms start as ones and zeros, biases of queries, keys and values as zeros.
+    """Initial weights of the decoder, as `cfg.init` says. Norms start as ones and zeros, biases of queries, keys and values as zeros.
 
     "fan_in": matrices normal with variance 1 / inputs (queries and keys `sharpness` times as large), biases zero; embeddings of token ids, and places
     beside them, standard normal; places beside vectors as long as the vectors, 1. "huang2026": standard deviation 0.02 for attention, embeddings and W_U, and
@@ -24,7 +24,7 @@ def initialise(model: nn.Module, cfg: ToyConfig, seed: int, sharpness: float) ->
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             last = name.split(".")[-1]
-            if last in ("w", "b", "b_Q", "b_K", "b_V"):
+            if last in ("w", "b", "b_Q", "b_K", "b_V") or name.startswith(("encoder.", "projector.")):
                 continue
             if cfg.init == "huang2026" and (".mlp." in name or name.startswith("classifier.")):
                 bound = _fan_in(model, name) ** -0.5
@@ -65,6 +65,9 @@ class ToyWeights:
     cfg: Any
     blocks: Any
     ln_final: Any
+
+    def _initialise(self, seed: int, sharpness: float) -> None:
+        initialise(cast(nn.Module, self), self.cfg, seed, sharpness)
 
     def _stack(self, name: str) -> Tensor:
         return torch.stack([getattr(block.attn, name) for block in self.blocks])
