@@ -532,3 +532,20 @@ class KnockOutTable:
               "high": r.accuracy.high, "change": r.change.value, "change_low": r.change.low, "change_high": r.change.high, "cla": r.cla.value,
               "n": self.n, "models": self.n_models} for r in self.rows]
         )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Claim:
+    """A published claim held against numbers: `evidence` is its effect, positive where the claim holds.
+
+    `finding`: "holds" (the whole interval is above the bar), "does not hold" (the whole interval is below it), "not shown" (neither).
+    """
+
+    text: str
+    finding: str
+    evidence: Estimate
+    bar: float
+    said: str
+
+    def __str__(self) -> str:
+        return self.said

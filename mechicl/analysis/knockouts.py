@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -210,6 +211,26 @@ def _emptied(trial: _Trial, first: Tensor, off: Tensor, off2: Tensor) -> _Answer
         return [(FEATURES, lambda features, *, hook: features.masked_fill(mask, 0.0))]
 
     return trial.answers(hooks, content=content.masked_fill(gone[..., None], 0.0))
+
+
+def table_of(frame: pd.DataFrame) -> KnockOutTable:
+    """The mean over models of a saved table: rows of `to_frame` of several models, with the columns chance, copy, how and note.
+
+    Raises:
+        OptionError: a column is missing.
+    """
+    lacking = [name for name in ("name", "kind", "accuracy", "cla", "change", "chance", "copy", "how", "n") if name not in frame.columns]
+    if lacking:
+        raise OptionError(f"frame must hold knock-outs of models; it lacks {lacking[0]!r}. Write it with KnockOutTable.to_frame().")
+    rows = []
+    for name, group in frame.groupby("name", sort=False):
+        parts = (("accuracy", "probability"), ("cla", "probability"), ("change", "change"))
+        accuracy, cla, change = (runs_estimate(group[part].to_numpy(dtype=float), unit=unit) for part, unit in parts)
+        rows.append(KnockOut(str(name), str(group["kind"].iloc[0]), accuracy, cla, change))
+    first = frame.iloc[0]
+    note = "; ".join(dict.fromkeys(x for x in frame["note"] if x)) if "note" in frame.columns else ""
+    n_models = max(row.accuracy.n for row in rows)
+    return KnockOutTable(tuple(rows), float(first["chance"]), float(first["copy"]), int(first["n"]), n_models, str(first["how"]), note)
 
 
 def over_models(tables: Sequence[KnockOutTable]) -> KnockOutTable:

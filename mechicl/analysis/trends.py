@@ -24,6 +24,26 @@ LEAST_SETTINGS = 5
 """Fewest settings that correlations over models may be taken over."""
 
 
+def pooled(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Several sweeps as one table, settings before `step` and measures behind it; a setting that a sweep did not vary is missing there.
+
+    A model that two sweeps share is taken from the first.
+
+    Raises:
+        OptionError: no table.
+    """
+    if not tables:
+        raise OptionError("tables must be at least one; got none. Load them with mechicl.training.sweep.load.")
+    settings = dict.fromkeys(str(c) for t in tables for c in t.columns[: list(t.columns).index("step")])
+    measures = dict.fromkeys(name for t in tables for name in measures_of(t))
+    seen: set[str] = set()
+    kept = []
+    for one in tables:
+        kept.append(one[~one[RUN].isin(list(seen))].dropna(axis=1, how="all"))
+        seen |= set(one[RUN])
+    return pd.concat(kept, ignore_index=True).reindex(columns=[*settings, "step", *measures])
+
+
 def models(
     table: pd.DataFrame,
     outcome: str = OUTCOME,
