@@ -1,9 +1,9 @@
-"""Train the cells of a spec, switch heads and modalities off in each trained model, and keep the table as Parquet.
+"""Run a sweep, switch heads and modalities off in each trained model, and keep the table as Parquet.
 
     python notebooks/make/knock_outs.py notebooks/sweeps/05_knock_outs.toml --out notebooks/results/05_knock_outs.parquet
 
-One row per model and knock-out: the cell, its seed, how many modalities, and `KnockOutTable.to_frame`'s columns with the levels of chance. Runs are kept in --runs
-(a second call does not train them again).
+One row per model and knock-out: the cell, its seed, how many modalities, and `KnockOutTable.to_frame`'s columns with the levels of chance. The sweep is kept in
+--runs: a second call does not train its models again.
 """
 
 from __future__ import annotations
@@ -17,28 +17,15 @@ import pandas as pd
 
 from mechicl.analysis.knockouts import knock_out_table
 from mechicl.data.gaussian import MultimodalTask
-from mechicl.training.cells import cells, read_spec
-from mechicl.training.sweep_work import resolve
-from mechicl.training.toy import ToyRun, train_many
-from mechicl.training.toy_recipe import ToyRecipe, together_key
+from mechicl.training import sweep
+from mechicl.training.toy import load_toy
+from mechicl.training.toy_folder import read_recipe
 
 
-def trained(spec: str, runs: Path | None, threads: int | None = None, *, progress: bool = True) -> list[ToyRun]:
-    """The models of every cell, in order."""
-    every = [(cell.id, ToyRecipe.from_json(cell.recipe)) for cell in cells(read_spec(spec), resolve)]
-    found: dict[str, ToyRun] = {}
-    for key in dict.fromkeys(together_key(made) for _, made in every):
-        group = [(name, made) for name, made in every if together_key(made) == key]
-        out = None if runs is None else [runs / name for name, _ in group]
-        done = train_many([made for _, made in group], out=out, resume=runs is not None, threads=threads, progress=progress)
-        found |= {name: run for (name, _), run in zip(group, done, strict=True)}
-    return [found[name] for name, _ in every]
-
-
-def rows(run: ToyRun, n: int, n_random: int) -> pd.DataFrame:
-    """The knock-outs of one model, on novel classes."""
-    made = run.recipe
-    table = knock_out_table(run.model, made.task, n=n, n_random=n_random, seed=1000 + made.seed)
+def rows(folder: Path, n: int, n_random: int) -> pd.DataFrame:
+    """The knock-outs of the model in a run's folder, on novel classes."""
+    made = read_recipe(folder)
+    table = knock_out_table(load_toy(folder), made.task, n=n, n_random=n_random, seed=1000 + made.seed)
     modalities = 2 if isinstance(made.task, MultimodalTask) else 1
     about = {
         "modalities": modalities,
@@ -61,10 +48,11 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=1000)
     parser.add_argument("--random", type=int, default=20)
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
-    table = pd.concat(
-        [rows(run, options.n, options.random) for run in trained(options.spec, options.runs, options.threads)], ignore_index=True
-    )
+    done = sweep.run(options.spec, options.runs, keep_models=True, threads=options.threads, workers=options.workers)
+    found = [rows(options.runs / "models" / cell, options.n, options.random).assign(cell=cell) for cell in done["cell"].unique()]
+    table = pd.concat(found, ignore_index=True)
     table.attrs["sweep"] = json.dumps({"spec": Path(options.spec).read_text(encoding="utf-8")})
     part = options.out.with_suffix(".part")
     table.to_parquet(part, index=False)
