@@ -212,6 +212,15 @@ def test_novel_class_means_have_the_variance_of_the_others() -> None:
     means = torch.unique(items, dim=0)
     assert len(means) == 128
     assert stats.kstest((means * 32**0.5).flatten().numpy(), "norm").pvalue > P
+    second = draw(MultimodalTask(K1=64, K2=64, L=8, D2=32, eps2=0.0), 500, gen(), split="ic").second
+    assert second is not None
+    means = torch.unique(second.reshape(-1, 32), dim=0)
+    assert len(means) == 128
+    assert stats.kstest((means * 32**0.5).flatten().numpy(), "norm").pvalue > P
+    wide = draw(MultimodalTask(K1=64, K2=64, L=8, eps1=0.75, eps2=0.75), 500, gen(), split="ic")
+    assert wide.second is not None
+    for items in (wide.tokens[:, 0:24:3], wide.second):  # an item's length is 1 on average, whatever eps
+        assert float(items.pow(2).sum(-1).mean()) == pytest.approx(1, abs=0.06)  # 128 classes of standard deviation 0.11, and noise
 
 
 @pytest.mark.parametrize("swap", [False, True])
