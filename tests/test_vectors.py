@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from mechicl import ablate, icl_accuracy, score_heads
-from mechicl.data.gaussian import Draw, MultimodalTask, Task, UnimodalTask, chance, draw, draw_many, world
+from mechicl.data.gaussian import Draw, MultimodalTask, Task, UnimodalTask, chance, draw, draw_many, second_shape, world
 from mechicl.errors import EpisodeError, OptionError, RenderError
+from mechicl.models.encoders import build_encoder
 from mechicl.models.planted import Planted, planted_vectors
+from mechicl.models.toy import ToyTransformer, toy_config
 from mechicl.prompts.corrupt import minimal_pairs
 from mechicl.prompts.episode import Episode, Shot
 from mechicl.prompts.vectors import VectorEpisode, VectorRenderer, VectorShot, episodes, to_batch
@@ -217,6 +219,22 @@ def test_scores_of_the_two_modalities_are_told_apart() -> None:
     assert text[fetchers["two"]] > 0.99
     assert text[fetchers["one"]] < 0.01
     assert image[fetchers["two"]] < 0.01
+
+
+def test_a_toy_that_reads_pictures_answers_a_batch_as_it_answers_the_draw() -> None:
+    task = TASKS[-1]
+    assert isinstance(task, MultimodalTask)
+    drawn = drawn_of(task, 30, "train")
+    encoder = build_encoder("cnn", second_shape(task), 6, task.K2)
+    projector = torch.nn.Linear(encoder.d_feat, 6)
+    cfg = toy_config(n_layers=2, n_heads=1, d_head=6, d_vocab=8, inputs="vectors", d_input=6, positions="rope", norm="RMS")
+    model = ToyTransformer(cfg, encoder=encoder, projector=projector)
+    batch = to_batch(drawn)
+    logits = model(batch)[:, 0]
+    assert torch.allclose(logits, model.classify(drawn.tokens, drawn.second), atol=1e-4)
+    found = icl_accuracy(model, batch, batch_size=30, progress=False)
+    assert found.accuracy.value == pytest.approx(float((logits.argmax(-1) == drawn.target).float().mean()))
+    assert found.zero_shot is not None
 
 
 @pytest.mark.parametrize("how", ["zero", "mean", "resample"])
