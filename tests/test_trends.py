@@ -106,6 +106,13 @@ def test_missing_measures_are_left_out_model_by_model() -> None:
     assert [s.episode for s in found.skipped] == ["rare"]
 
 
+def test_settings_that_a_sweep_did_not_vary_are_a_setting_of_their_own() -> None:
+    rows = table(10, 2)
+    rows["eps"] = rows["K"].where(rows["K"] > 2**4).astype(float)
+    rows["positions"] = rows["positions"].where(rows["K"] > 2**4)
+    assert len(np.unique(models(rows)[2])) == 10
+
+
 def test_a_model_in_two_sweeps_counts_once() -> None:
     rows = table(8, 2)
     assert len(models(pd.concat([rows, rows]))[0]) == 16

@@ -81,11 +81,9 @@ def models(
             f"at must be a step by which every model was measured; got {at}. The first measured step is {rows['step'].min()}."
         )
     found = early.groupby(RUN, sort=True).tail(1).set_index(RUN).sort_index()
-    group = (
-        last.groupby([last[name].astype(str) for name in groups], sort=False).ngroup().to_numpy()
-        if groups
-        else np.zeros(len(last), dtype=int)
-    )
+    # a setting that a sweep did not vary is missing there, which is a value of its own
+    keys = [last[name].astype(object).where(last[name].notna(), "none").astype(str) for name in groups]
+    group = last.groupby(keys, sort=False).ngroup().to_numpy() if groups else np.zeros(len(last), dtype=int)
     known = np.isfinite(last[outcome].to_numpy(dtype=np.float64))
     group = np.unique(group[known], return_inverse=True)[1]
     n_settings = len(np.unique(group))
