@@ -32,7 +32,9 @@ def alike(recipe: Mapping[str, Any]) -> str:
     return f"{recipe['steps']} {recipe['mishap']}"
 
 
-def train(recipes: Sequence[Mapping[str, Any]], *, device: str | None = None, out: Sequence[str] | None = None) -> list[pd.DataFrame]:
+def train(
+    recipes: Sequence[Mapping[str, Any]], *, device: str | None = None, out: Sequence[str] | None = None, progress: bool = False
+) -> list[pd.DataFrame]:
     tables = []
     for recipe in recipes:
         print("a line that a library writes to stdout")  # noqa: T201

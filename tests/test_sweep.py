@@ -21,6 +21,8 @@ from hypothesis import strategies as st
 from mechicl.errors import CheckpointError, OptionError, OutputPathError
 from mechicl.training import sweep
 from mechicl.training.cells import axis_names, cells, digest, groups, read_spec
+from mechicl.training.runs import write_bytes
+from mechicl.training.sweep_store import Store
 
 HERE = Path(__file__).parent
 SPEC: dict[str, Any] = {"preset": "cpu", "seeds": 2, "set": {"steps": 3}, "grid": {"K": [64, 128], "alpha": [0.0, 1.0]}}
@@ -142,7 +144,10 @@ def test_load_gives_the_same_table_from_folder_and_file(tmp_path: Path) -> None:
     for place in (tmp_path / "out", tmp_path / "out" / "results.parquet"):
         loaded = sweep.load(place)
         pd.testing.assert_frame_equal(loaded, table)
-        assert loaded.attrs["sweep"]["finished"] == 8
+        assert loaded.attrs["sweep"]["finished"] == loaded.attrs["sweep"]["spec"]["cells"] == 8
+        assert loaded.attrs["sweep"]["spec"]["grids"][0]["axes"]["K"] == [64, 128]
+        assert loaded.attrs["sweep"]["seconds"] >= 0
+        assert any(version.startswith("mechicl ") for version in loaded.attrs["sweep"]["versions"])
     with pytest.raises(CheckpointError, match="does not exist"):
         sweep.load(tmp_path / "nothing")
 
@@ -250,6 +255,46 @@ def test_files_that_a_kill_left_half_written_do_no_harm(tmp_path: Path) -> None:
     (tmp_path / "out" / "cells" / "0123456789abcdef.parquet.part").write_bytes(b"PAR1")
     (tmp_path / "out" / "results.parquet.part").write_bytes(b"PAR1")
     pd.testing.assert_frame_equal(run(SPEC, tmp_path / "out"), table)
+
+
+def test_a_full_disk_is_told_and_what_was_finished_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mechicl.training import sweep_store
+
+    kept: list[Path] = []
+
+    def write(path: Path, data: bytes) -> None:
+        if len(kept) == 3:
+            raise OSError(28, "No space left on device")
+        kept.append(path)
+        write_bytes(path, data)
+
+    monkeypatch.setattr(sweep_store, "write_bytes", write)
+    with pytest.raises(OutputPathError, match=r"No space left.*run the same command again"):
+        run(SPEC, tmp_path / "out")
+    assert sweep.load(tmp_path / "out")["cell"].nunique() == 3
+    monkeypatch.undo()
+    assert run(SPEC, tmp_path / "out")["cell"].nunique() == 8
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_interrupted_sweep_leaves_its_table_and_no_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    written: list[Any] = []
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def write(self: Store, outcome: Any) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(outcome)
+        keep(self, outcome)
+
+    keep, popen = Store.write, subprocess.Popen
+    monkeypatch.setattr(Store, "write", write)
+    monkeypatch.setattr("mechicl.training.sweep_local.subprocess.Popen", lambda *a, **k: processes.append(popen(*a, **k)) or processes[-1])
+    with pytest.raises(KeyboardInterrupt):
+        run({**SPEC, "group": False}, tmp_path / "out", workers=workers)
+    assert sweep.load(tmp_path / "out")["cell"].nunique() == 2
+    assert len(processes) == (2 if workers == 2 else 0)
+    assert all(process.poll() is not None for process in processes)
 
 
 def test_a_damaged_cell_is_named(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from mechicl.errors import CheckpointError, OptionError
 from mechicl.training.cells import Cell, cells, group_size, groups, read_spec, starting
-from mechicl.training.sweep_store import PLAN, RESULTS, Store, read_results
+from mechicl.training.sweep_store import PLAN, RESULTS, Store
+from mechicl.training.sweep_table import read_results
 from mechicl.training.sweep_work import TRAINER, How, Outcome, parquet_bytes, work
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["TRAINER", "Outcome", "failures", "load", "parquet_bytes", "run"]
 
 SAVE_EVERY = 30.0
-"""Seconds between two writings of the results table while cells come in."""
+"""Least seconds between two writings of the results table while cells come in."""
 
 
 def run(
@@ -119,7 +120,7 @@ def collect(store: Store, outcomes: Generator[Outcome], n: int, name: str, progr
 
     from tqdm import tqdm
 
-    saved = time.monotonic()
+    due = time.monotonic() + SAVE_EVERY
     failed = 0
     try:
         with (
@@ -134,9 +135,11 @@ def collect(store: Store, outcomes: Generator[Outcome], n: int, name: str, progr
                     if progress:
                         bar.write(f"{outcome.kind}: {store.describe(outcome.cell)}: {outcome.reason}", file=sys.stderr)
                     bar.set_postfix(failed=failed)
-                if time.monotonic() - saved > SAVE_EVERY:
+                now = time.monotonic()
+                if now > due:
                     store.assemble()
-                    saved = time.monotonic()
+                    # of a large sweep too this takes a small share of the time
+                    due = time.monotonic() + max(SAVE_EVERY, 20 * (time.monotonic() - now))
     finally:
         store.assemble()
 

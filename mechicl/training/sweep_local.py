@@ -16,7 +16,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Generator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO
 
@@ -25,6 +25,9 @@ from mechicl.training.sweep_work import How, Outcome
 
 TRIES = 2
 """A group whose worker dies is given to a fresh worker once, in two halves: a kill from outside is not the group's fault, and half needs less memory."""
+
+LOOK = "10"
+"""Seconds between two lines of a worker's log on where its group is."""
 
 Job = tuple[Cell, ...]
 
@@ -88,10 +91,10 @@ def crew(jobs: Sequence[Job], *, workers: int, threads: int, how: How, logs: Pat
         threads: Threads of each worker.
         logs: Folder for what the workers write to stderr.
     """
-    command = [sys.executable, "-m", "mechicl.training.sweep_work", json.dumps(asdict(how))]
+    command = [sys.executable, "-m", "mechicl.training.sweep_work", json.dumps(asdict(replace(how, progress=True)))]
     # a worker sees the modules that its driver sees, also those of a notebook's or a test's folder
     paths = os.pathsep.join(dict.fromkeys(path or os.getcwd() for path in sys.path))
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": paths}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": paths, "TQDM_MININTERVAL": LOOK}
     said: queue.Queue[tuple[Worker, str | None]] = queue.Queue()
     waiting = deque((job, 1) for job in jobs)
     busy: set[Worker] = set()

@@ -17,20 +17,16 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import pandas as pd
+from typing import Any
 
 from mechicl.errors import CheckpointError, OutputPathError
 from mechicl.training.cells import Cell, Spec, axis_names
 from mechicl.training.runs import read_json, short, write_bytes, write_text
-
-if TYPE_CHECKING:
-    from mechicl.training.sweep_work import Outcome
+from mechicl.training.sweep_table import read_table, write_results
+from mechicl.training.sweep_work import Outcome, versions
 
 PLAN = "sweep.json"
 RESULTS = "results.parquet"
-META = b"mechicl"
 OWN = (".lock", "cells", "failed", "logs", "models")
 """What a driver may leave that was killed before it wrote the plan."""
 
@@ -71,11 +67,11 @@ class Store:
         if (self.out / PLAN).exists():
             self._agree(read_json(self.out / PLAN))
         for cell in finished(self.out):
-            _read(self.out / "cells" / f"{cell}.parquet")
+            read_table(self.out / "cells" / f"{cell}.parquet")
         plan = {
             "spec": asdict(self.spec),
             "columns": self.names,
-            "version": _version(),
+            "versions": versions(),
             "before": {name: _written(cell) for name, cell in self.before.items()},
             "cells": {name: _written(cell) for name, cell in self.cells.items()},
         }
@@ -130,47 +126,13 @@ class Store:
         found = {path.stem: read_json(path) for path in sorted((self.out / "failed").glob("*.json"))}
         return {cell: f"{data['cell']}: {data['reason']}" for cell, data in found.items() if cell in self.cells or cell in self.before}
 
-    def assemble(self) -> Path | None:
-        """Write the results table from the finished cells; None where there is none yet."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
+    def assemble(self) -> None:
+        """Write the results table from the finished cells, if there are any."""
         done = set(finished(self.out))
         order = [cell for cell in self.cells.values() if cell.id in done]
-        if not order:
-            return None
-        files = {cell.id: self.out / "cells" / f"{cell.id}.parquet" for cell in order}
-        measures: dict[str, None] = {}
-        for path in files.values():
-            measures |= dict.fromkeys(name for name in _read(path).column_names if name != "step")
-        settings = {name: [cell.value(name) for cell in order] for name in self.names}
-        kinds = (
-            {"cell": pa.string(), "preset": pa.string(), "seed": pa.int64()}
-            | {n: _kind(v) for n, v in settings.items()}
-            | {"step": pa.int64()}
-        )
-        clash = sorted(set(kinds) & set(measures))
-        if clash:
-            raise CheckpointError(
-                f"a setting must not be called as a measure is; got {clash[0]!r}. Give the fields that change together another name."
-            )
-        about = json.dumps(
-            {"spec": read_json(self.out / PLAN)["spec"], "version": _version(), "cells": len(self.cells), "finished": len(order)}
-        )
-        schema = pa.schema([*kinds.items(), *((name, pa.float64()) for name in measures)], metadata={META: about.encode()})
-        temporary = self.out / (RESULTS + ".part")
-        with pq.ParquetWriter(temporary, schema) as writer:
-            for cell in order:
-                table = _read(files[cell.id])
-                n = table.num_rows
-                fixed = {"cell": cell.id, "preset": cell.preset, "seed": cell.seed} | {
-                    name: _plain(cell.value(name), kinds[name]) for name in self.names
-                }
-                columns = {name: pa.array([value] * n, kinds[name]) for name, value in fixed.items()} | {"step": table["step"]}
-                columns |= {name: table[name] if name in table.column_names else pa.nulls(n, pa.float64()) for name in measures}
-                writer.write_table(pa.table(columns, schema=schema), row_group_size=max(n, 1))
-        temporary.replace(self.out / RESULTS)
-        return self.out / RESULTS
+        if order:
+            about = asdict(self.spec) | {"cells": len(self.cells)}
+            write_results(self.out / RESULTS, order, self.names, self.out / "cells", about)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -207,30 +169,6 @@ def as_cell(name: str, data: Mapping[str, Any]) -> Cell:
     return Cell(name, data["preset"], data["seed"], data["fields"], data["recipe"], data["labels"])
 
 
-def read_results(path: Path) -> pd.DataFrame:
-    """A results table; what it was made from is in `attrs["sweep"]`.
-
-    Raises:
-        CheckpointError: it is not there or cannot be read.
-    """
-    table = _read(path)
-    frame = table.to_pandas()
-    frame.attrs["sweep"] = json.loads((table.schema.metadata or {}).get(META, b"{}"))
-    return frame
-
-
-def _read(path: Path) -> Any:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.ParquetFile(path).read()
-    except (OSError, pa.ArrowException) as error:
-        raise CheckpointError(
-            f"{path.name} must be a whole Parquet file; {path} is not ({error}). Delete it and run the sweep again."
-        ) from error
-
-
 def _difference(old: Cell, cells: Any) -> str:
     """Where the same fields now give another recipe: which setting changed, e.g. a preset's."""
     for cell in cells:
@@ -246,26 +184,3 @@ def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in recipe.items():
         out |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {name: value}
     return out
-
-
-def _kind(values: Sequence[Any]) -> Any:
-    """The Parquet type that holds every value of a setting."""
-    import pyarrow as pa
-
-    types = {type(value) for value in values if value is not None}
-    for held, kind in (({bool}, pa.bool_()), ({int}, pa.int64()), ({int, float}, pa.float64())):
-        if types and types <= held:
-            return kind
-    return pa.string()
-
-
-def _plain(value: Any, kind: Any) -> Any:
-    if value is None or str(kind) != "string":
-        return float(value) if value is not None and str(kind) == "double" else value
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _version() -> str:
-    from mechicl import __version__
-
-    return __version__

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import base64
 import importlib
+import importlib.metadata
 import io
 import json
 import os
@@ -29,16 +30,21 @@ from mechicl.errors import MechiclError, NotFiniteError
 TRAINER = "mechicl.training.sweep_work"
 """The module whose `resolve`, `alike` and `train` a sweep uses; this one trains toys."""
 
+META = b"mechicl"
+"""Where a Parquet file of a sweep says what it was made from."""
+
 Kind = Literal["done", "diverged", "error", "lost"]
 
 
 @dataclass(frozen=True)
 class How:
-    """What every group of a sweep is trained with. `models`: a folder in which each cell keeps its run (checkpoints, to go on from and to look into); None keeps none."""
+    """What every group of a sweep is trained with. `models`: a folder in which each cell keeps its run (checkpoints, to go on from and to look into); None keeps none.
+    `progress`: a bar of the steps on stderr."""
 
     trainer: str = TRAINER
     device: str | None = None
     models: str | None = None
+    progress: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,13 +93,15 @@ def alike(recipe: Mapping[str, Any]) -> str:
     return together_key(ToyRecipe.from_json(recipe))
 
 
-def train(recipes: Sequence[Mapping[str, Any]], *, device: str | None = None, out: Sequence[str] | None = None) -> list[pd.DataFrame]:
+def train(
+    recipes: Sequence[Mapping[str, Any]], *, device: str | None = None, out: Sequence[str] | None = None, progress: bool = False
+) -> list[pd.DataFrame]:
     """Train the recipes in one batched step and return their measurements, one row per measured step. Runs that lie in `out` are continued."""
     from mechicl.training.toy import train_many
     from mechicl.training.toy_recipe import ToyRecipe
 
     made = [ToyRecipe.from_json(one) for one in recipes]
-    return [run.table for run in train_many(made, progress=False, device=device, out=out, resume=out is not None)]
+    return [run.table for run in train_many(made, progress=progress, device=device, out=out, resume=out is not None)]
 
 
 def work(how: How, cells: Sequence[str], recipes: Sequence[Mapping[str, Any]]) -> list[Outcome]:
@@ -102,16 +110,16 @@ def work(how: How, cells: Sequence[str], recipes: Sequence[Mapping[str, Any]]) -
     out = None if how.models is None else [os.path.join(how.models, cell) for cell in cells]
     start = time.perf_counter()
     try:
-        tables = module.train(recipes, device=how.device, out=out)
+        tables = module.train(recipes, device=how.device, out=out, progress=how.progress)
     except Exception as error:
         if len(cells) == 1:
             return [_failure(cells[0], error, time.perf_counter() - start)]
         return [one for cell, recipe in zip(cells, recipes, strict=True) for one in work(how, [cell], [recipe])]
     seconds = (time.perf_counter() - start) / len(cells)
-    return [replace(_ending(cell, table), seconds=seconds) for cell, table in zip(cells, tables, strict=True)]
+    return [_ending(cell, table, seconds) for cell, table in zip(cells, tables, strict=True)]
 
 
-def _ending(cell: str, table: pd.DataFrame) -> Outcome:
+def _ending(cell: str, table: pd.DataFrame, seconds: float) -> Outcome:
     if not len(table):
         return Outcome(cell, "error", reason="the training measured nothing")
     if "loss" in table:
@@ -119,8 +127,8 @@ def _ending(cell: str, table: pd.DataFrame) -> Outcome:
         steps = table["step"].to_numpy()
         bad = steps[~np.isfinite(table["loss"].to_numpy()) & (steps > 0)]
         if len(bad):
-            return Outcome(cell, "diverged", reason=f"the loss was not finite at step {bad[0]}")
-    return Outcome(cell, "done", parquet_bytes(table))
+            return Outcome(cell, "diverged", reason=f"the loss was not finite at step {bad[0]}", seconds=seconds)
+    return Outcome(cell, "done", parquet_bytes(table, {"seconds": round(seconds, 3), "versions": versions()}), seconds=seconds)
 
 
 def _failure(cell: str, error: Exception, seconds: float) -> Outcome:
@@ -129,14 +137,20 @@ def _failure(cell: str, error: Exception, seconds: float) -> Outcome:
     return Outcome(cell, kind, reason=f"{name}{error}", detail="".join(traceback.format_exception(error)), seconds=seconds)
 
 
-def parquet_bytes(table: pd.DataFrame) -> bytes:
-    """A table as a Parquet file in memory, one row group: `step` as integers, every measure as float64."""
+def versions() -> dict[str, str]:
+    """The code that a cell's numbers are made with."""
+    return {name: importlib.metadata.version(name) for name in ("mechicl", "torch")}
+
+
+def parquet_bytes(table: pd.DataFrame, about: Mapping[str, Any]) -> bytes:
+    """A table as a Parquet file in memory, one row group: `step` as integers, every measure as float64, `about` as JSON in the file's metadata."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     kinds = {name: "int64" if name == "step" else "float64" for name in table.columns}
     out = io.BytesIO()
-    pq.write_table(pa.Table.from_pandas(table.astype(kinds), preserve_index=False), out, row_group_size=max(len(table), 1))
+    made = pa.Table.from_pandas(table.astype(kinds), preserve_index=False).replace_schema_metadata({META: json.dumps(about).encode()})
+    pq.write_table(made, out, row_group_size=max(len(table), 1))
     return out.getvalue()
 
 
