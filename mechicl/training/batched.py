@@ -127,7 +127,7 @@ class Batched:
         groups = [{"params": few, "lr": lr, "weight_decay": decay} for (lr, decay), few in kinds.items()]
         self._optimizer = optimizer(self.recipes[0], groups)
 
-    def _losses(self, flat: Tensor, fixed: Mapping[str, Tensor], work: tuple[Tensor | None, ...]) -> Float[Tensor, " model"]:
+    def _losses(self, flat: Tensor, fixed: Mapping[str, Tensor], work: Work) -> Float[Tensor, " model"]:
         """Loss of every model on its own batch."""
         pieces, template = flat.split(self._sizes, 1), self.models[0]
         weights = {name: piece.view(len(flat), *shape) for (name, shape), piece in zip(self._shapes.items(), pieces, strict=True)}
@@ -135,13 +135,13 @@ class Batched:
         def one(weights: dict[str, Tensor], tokens: Tensor, second: Tensor | None, place: Tensor | None, target: Tensor) -> Tensor:
             return functional.cross_entropy(classify_with(template, weights, tokens, second, place), target)
 
-        tokens, second, place, target = work
+        second, place = work.second, work.position_ids
         dims = (0, 0, None if second is None else 0, None if place is None else 0, 0)
-        return torch.func.vmap(one, in_dims=dims)({**weights, **fixed}, tokens, second, place, target)
+        return torch.func.vmap(one, in_dims=dims)({**weights, **fixed}, work.tokens, second, place, work.target)
 
     def step(self, work: Work) -> Float[Tensor, " model"]:
         """One update of every model, each on its own batch. Returns the losses before it, nats."""
-        losses = self._call(self._flat, self._fixed, (work.tokens, work.second, work.position_ids, work.target))
+        losses = self._call(self._flat, self._fixed, work)
         # a model's loss depends on its own weights only, so the gradient of the sum is everybody's own
         (grad,) = torch.autograd.grad(losses.sum(), [self._flat])
         for row, piece in zip(self._rows, grad, strict=True):

@@ -126,13 +126,13 @@ def part_of(name: str) -> str:
 
 
 def freeze(model: ToyTransformer, frozen: tuple[str, ...]) -> None:
-    """Parts that do not learn.
+    """Parts that do not learn. The encoder's own classifier learns in `train_encoder` only: the model does not read it.
 
     Raises:
         OptionError: nothing is left to learn.
     """
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) not in frozen)
+        parameter.requires_grad_(part_of(name) not in frozen and not name.startswith("encoder.head."))
     if not any(p.requires_grad for p in model.parameters()):
         raise OptionError(f"freeze must leave something to learn; got {', '.join(frozen)}. Leave out one part.")
 
@@ -170,5 +170,7 @@ def encoder_batch(recipe: ToyRecipe, step: int, device: torch.device) -> tuple[t
     """Values of the second modality [m, *shape] and their classes [m], as the task draws them."""
     drawn = draw(recipe.task, max(2, recipe.batch // 4), generator(device, "encoder", step, recipe.seed), device=device)
     assert drawn.second is not None
+    assert drawn.item2 is not None
+    assert drawn.query2 is not None
     classes = torch.cat([drawn.item2, drawn.query2[:, None]], 1)
     return drawn.second.flatten(0, 1), classes.flatten()

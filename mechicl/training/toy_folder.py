@@ -90,7 +90,11 @@ class ToyFolder:
             CheckpointError: the table is damaged.
         """
         table = read_metrics(self.path)
-        return [] if table is None else [{str(k): v for k, v in row.items()} for row in table[table["step"] <= up_to].to_dict("records")]
+        if table is None:
+            return []
+        kept = table[table["step"] <= up_to]
+        columns = {str(name): kept[name].tolist() for name in kept.columns}
+        return [{name: values[i] for name, values in columns.items()} for i in range(len(kept))]
 
 
 def versions() -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -151,11 +151,13 @@ def measuring_steps(recipe: ToyRecipe) -> tuple[int, ...]:
 def together_key(recipe: ToyRecipe) -> str:
     """Equal for recipes that `train_many` can train in one batched step: same shapes, same optimizer, same schedule of steps and data sizes.
 
-    Free to differ: seeds, lr, weight_decay, stop, name, start, and every setting of the task that changes no shape (B, p_B, eps, alpha, K, ...).
+    Free to differ: seeds, lr, weight_decay, stop, name, start, and every setting of the task that changes no shape (B, p_B, eps, alpha, K, ...),
+    but p_C = 0 against more: novel classes are new in every batch, the others are drawn several batches at once.
     """
     plain = recipe.to_json()
     task = plain["task"]
-    shapes = {name: task[name] for name in task if name in ("kind", "L", "N", "D", "D1", "D2", "second", "labels")}
+    shaping = ("kind", "L", "N", "D", "D1", "D2", "second", "labels", *(("K2",) if recipe.encoder is not None else ()))
+    shapes = {name: task[name] for name in shaping if name in task} | {"novel": task["p_C"] > 0}
     kept = {k: v for k, v in plain.items() if k not in ("task", "seed", "lr", "weight_decay", "stop", "name", "start")}
     return json.dumps([kept, shapes], sort_keys=True)
 
@@ -164,7 +166,7 @@ def set_fields(recipe: ToyRecipe, changes: Mapping[str, Any]) -> ToyRecipe:
     """The recipe with fields changed, all at once, by short name ("K", "positions", "lr") or dotted ("task.K", "model.positions", "encoder.kind").
 
     A short name is looked for in the recipe, then the task, then the model's settings. "seed" sets the recipe's seed and the task's: another run in
-    another world; "task.seed" sets the world's alone.
+    another world; "task.seed" sets the world's alone. "encoder" takes a kind, settings, or None.
 
     Raises:
         OptionError: a name that none of them has, or a value out of range.
@@ -176,6 +178,8 @@ def set_fields(recipe: ToyRecipe, changes: Mapping[str, Any]) -> ToyRecipe:
     for name, value in changes.items():
         if name == "seed":
             own["seed"] = task["seed"] = value
+        elif name == "encoder":
+            own["encoder"] = {"kind": value} if isinstance(value, str) else value
         else:
             owner, short = _owner(recipe, name)
             {"recipe": own, "task": task, "model": model, "encoder": encoder}[owner][short] = value
@@ -186,7 +190,7 @@ def set_fields(recipe: ToyRecipe, changes: Mapping[str, Any]) -> ToyRecipe:
     if model:
         own["model"] = {**recipe.model, **model}
     if encoder:
-        own["encoder"] = {**(recipe.encoder or {}), **encoder}
+        own["encoder"] = {**(own.get("encoder", recipe.encoder) or {}), **encoder}
     return replace(recipe, **own)
 
 
@@ -250,3 +254,30 @@ def recipe(name: str = "cpu", **changes: Any) -> ToyRecipe:
     kind = KINDS[task.pop("kind", "unimodal")]
     made = ToyRecipe(task=kind(**task), model=dict(given.pop("model")), name=name, **given)
     return set_fields(made, changes) if changes else made
+
+
+def from_words(name: str, changes: Sequence[str] = (), *, seed: int = 0, stop: str | None = None) -> ToyRecipe:
+    """A named recipe with changes as a command line has them: "K=1024", "positions=alibi", "freeze=decoder,encoder", "stop=none".
+
+    Raises:
+        OptionError: a change that is not NAME=VALUE, or as `set_fields`.
+    """
+    given: dict[str, Any] = {"seed": seed} | ({} if stop is None else {"stop": stop})
+    for change in changes:
+        key, sign, value = change.partition("=")
+        if not sign or not key.strip() or not value.strip():
+            raise OptionError(f"set must be NAME=VALUE; got {change!r}. E.g. --set K=1024 --set positions=alibi.")
+        given[key.strip()] = _value(key.strip(), value.strip())
+    return recipe(name, **given)
+
+
+def _value(key: str, text: str) -> Any:
+    if key == "freeze":
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in words and not (key == "positions" and text == "none"):
+        return words[text.lower()]
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
