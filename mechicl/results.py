@@ -530,7 +530,7 @@ class KnockOutTable:
         return pd.DataFrame(
             [{"name": r.name, "kind": r.kind, "heads": " ".join(f"{a}.{b}" for a, b in r.heads), "accuracy": r.accuracy.value, "low": r.accuracy.low,
               "high": r.accuracy.high, "change": r.change.value, "change_low": r.change.low, "change_high": r.change.high, "cla": r.cla.value,
-              "n": self.n, "models": self.n_models} for r in self.rows]
+              "n": self.n, "models": r.accuracy.n if self.n_models > 1 else 1} for r in self.rows]
         )  # fmt: skip
 
 

@@ -132,7 +132,8 @@ def claim(text: str, evidence: Estimate, *, bar: float = 0.0) -> Claim:
     else:
         finding = "not shown"
     counted = {"change": "seeds", "change per doubling": "seeds", "change per unit": "seeds"}.get(evidence.unit, "")
-    number = f"{evidence.value:+.3f} [{evidence.low:+.3f}, {evidence.high:+.3f}] {evidence.unit}, n = {evidence.n}{' ' + counted if counted else ''}"
+    spread = f"[{evidence.low:+.3f}, {evidence.high:+.3f}]" if np.isfinite(evidence.low) else "(no interval)"
+    number = f"{evidence.value:+.3f} {spread} {evidence.unit}, n = {evidence.n}{' ' + counted if counted else ''}"
     against = f", against {bar:g}" if bar else ""
     return Claim(text, finding, evidence, bar, f"{finding.upper():<13} {text}: {number}{against}")
 

@@ -112,23 +112,17 @@ def sequences(model: Any, task: Task, n: int, split: Split, seed: int) -> Batch:
 
 
 def find(model: Any, task: Task, *, n: int = 256, seed: int = 1, batch_size: int = 64) -> dict[str, list[Head]]:
-    """The head that most brings items to labels, and the one that most looks at right rather than wrong labels.
+    """The head that most looks at right rather than wrong labels, of the layers that can read an earlier one, and below it the one that most looks at the token before.
 
-    The previous-token head is looked for below the induction head's layer where there is one, by attention from the token before.
+    A model of one layer has an induction head at most.
     """
-    found = score_heads(
-        model,
-        sequences(model, task, n, "ic", seed),
-        scores=("induction", "previous_token"),
-        n_null=1,
-        seed=seed,
-        batch_size=batch_size,
-        progress=False,
-    )
-    best = found.top("induction", 1)[0]
-    earlier = [head for head in found.top("previous_token", model.cfg.n_layers * model.cfg.n_heads) if head[0] < best[0]]
-    out = {PREVIOUS: earlier[:1]} if earlier else {}
-    return {**out, INDUCTION: [best]}
+    batch = sequences(model, task, n, "ic", seed)
+    scores = ("induction", "previous_token")
+    found = score_heads(model, batch, scores=scores, n_null=1, seed=seed, batch_size=batch_size, progress=False)
+    ranked = {name: found.top(name, model.cfg.n_layers * model.cfg.n_heads) for name in scores}
+    best = next((head for head in ranked["induction"] if head[0] > 0), ranked["induction"][0])
+    earlier = [head for head in ranked["previous_token"] if head[0] < best[0]]
+    return {**({PREVIOUS: earlier[:1]} if earlier else {}), INDUCTION: [best]}
 
 
 @dataclass(frozen=True, eq=False)

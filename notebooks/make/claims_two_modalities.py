@@ -109,13 +109,14 @@ The models are the **cpu preset** (Adam, few steps). Table: `python notebooks/ma
     """>>>
 from mechicl.analysis import knockouts
 
-table = pd.read_parquet(results / "NAME.parquet")
+everything = pd.read_parquet(results / "NAME.parquet")
+table = everything[everything["off"] == "zero"]
 two, one = (knockouts.table_of(table[table["modalities"] == n]) for n in (2, 1))
 print(two.n_models, "models of two modalities and", one.n_models, "of one;", two.n, "sequences each")
 print(two.note)""",
     """
-A head that carries the whole circuit cannot be matched by a random one in a model of one head a layer: the other head is the circuit's other half. What remains as a control is the spread over models and, for the
-modalities, random tokens.
+A head that carries half of the circuit cannot be matched by a random one in a model of one head a layer: the only other head is the circuit's other half. What remains as a control is the spread over models, the
+head's own mean output in place of zero (below) and, for the modalities, random tokens.
 
 ## Intervene: two modalities
 """,
@@ -125,6 +126,12 @@ figure.update_layout(paper_bgcolor="white", plot_bgcolor="white").write_image(fi
 figure""",
     """>>>
 two.to_frame()[["name", "kind", "accuracy", "low", "high", "change", "change_low", "change_high", "cla", "models", "n"]].round(3)""",
+    """
+Zero takes away more than the message: later layers never met it. With the head's mean output in its place only what varies over sequences and positions is gone.
+""",
+    """>>>
+gentle = knockouts.table_of(everything[(everything["off"] == "mean") & (everything["modalities"] == 2) & everything["kind"].isin(["intact", "heads"])])
+gentle.to_frame()[["name", "accuracy", "low", "high", "change", "change_low", "change_high", "cla", "models", "n"]].round(3)""",
     """
 ## Intervene: one modality
 """,

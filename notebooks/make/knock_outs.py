@@ -2,7 +2,7 @@
 
     python notebooks/make/knock_outs.py notebooks/sweeps/05_knock_outs.toml --out notebooks/results/05_knock_outs.parquet
 
-One row per model and knock-out: the cell, its seed, how many modalities, and `KnockOutTable.to_frame`'s columns with the levels of chance. The sweep is kept in
+One row per model and knock-out: the cell, its seed, how many modalities, what takes a head's place (`off`), and `KnockOutTable.to_frame`'s columns with the levels of chance. The sweep is kept in
 --runs: a second call does not train its models again.
 """
 
@@ -16,16 +16,17 @@ from pathlib import Path
 import pandas as pd
 
 from mechicl.analysis.knockouts import knock_out_table
+from mechicl.analysis.switches import How
 from mechicl.data.gaussian import MultimodalTask
 from mechicl.training import sweep
 from mechicl.training.toy import load_toy
 from mechicl.training.toy_folder import read_recipe
 
 
-def rows(folder: Path, n: int, n_random: int) -> pd.DataFrame:
-    """The knock-outs of the model in a run's folder, on novel classes."""
+def rows(folder: Path, n: int, n_random: int, how: How) -> pd.DataFrame:
+    """The knock-outs of the model in a run's folder, on novel classes; `how`: what takes the place of a head's output."""
     made = read_recipe(folder)
-    table = knock_out_table(load_toy(folder), made.task, n=n, n_random=n_random, seed=1000 + made.seed)
+    table = knock_out_table(load_toy(folder), made.task, n=n, n_random=n_random, how=how, seed=1000 + made.seed)
     modalities = 2 if isinstance(made.task, MultimodalTask) else 1
     about = {
         "modalities": modalities,
@@ -33,6 +34,7 @@ def rows(folder: Path, n: int, n_random: int) -> pd.DataFrame:
         "seed": made.seed,
         "chance": table.chance,
         "copy": table.copy,
+        "off": how,
         "how": table.how,
         "note": table.note,
     }
@@ -51,13 +53,15 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
     done = sweep.run(options.spec, options.runs, keep_models=True, threads=options.threads, workers=options.workers)
-    found = [rows(options.runs / "models" / cell, options.n, options.random).assign(cell=cell) for cell in done["cell"].unique()]
+    ways: tuple[How, ...] = ("zero", "mean")
+    models = [options.runs / "models" / cell for cell in done["cell"].unique()]
+    found = [rows(folder, options.n, options.random, how).assign(cell=folder.name) for how in ways for folder in models]
     table = pd.concat(found, ignore_index=True)
     table.attrs["sweep"] = json.dumps({"spec": Path(options.spec).read_text(encoding="utf-8")})
     part = options.out.with_suffix(".part")
     table.to_parquet(part, index=False)
     os.replace(part, options.out)
-    print(table[["modalities", "seed", "name", "accuracy", "low", "high", "change"]].round(3).to_string())
+    print(table[["off", "modalities", "seed", "name", "accuracy", "low", "high", "change"]].round(3).to_string())
 
 
 if __name__ == "__main__":

@@ -40,8 +40,9 @@ def cell(text: str, number: int) -> nbformat.NotebookNode:
     return made
 
 
-def main() -> None:
-    """Write them all."""
+def books() -> dict[str, nbformat.NotebookNode]:
+    """Every notebook by its name."""
+    out = {}
     for name, texts in NOTEBOOKS.items():
         texts = [text.replace("NAME", name) for text in (texts[0], SETUP, *texts[1:])]
         book = nbformat.v4.new_notebook(
@@ -53,6 +54,13 @@ def main() -> None:
         )
         book["nbformat_minor"] = 5
         nbformat.validate(book)
+        out[name] = book
+    return out
+
+
+def main() -> None:
+    """Write them all."""
+    for name, book in books().items():
         nbformat.write(book, Path(__file__).parent.parent / f"{name}.ipynb")
 
 
