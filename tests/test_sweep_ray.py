@@ -25,6 +25,14 @@ def test_without_ray_the_option_is_refused_and_the_way_out_named(tmp_path: Path,
         run(SPEC, tmp_path, ray_address="local")
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nowhere:port"])
+def test_an_address_without_a_cluster_is_refused_at_once(tmp_path: Path, address: str) -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(OptionError, match="running cluster"):
+        run(SPEC, tmp_path, ray_address=address)
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Two nodes of one core each."""

@@ -6,6 +6,7 @@ Results come back through Ray and the driver alone writes them: the nodes need m
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,8 @@ from mechicl.training.sweep_work import How, Outcome, work
 
 RETRIES = 2
 """How often Ray starts a group again whose worker or node died."""
+PATIENCE = 10.0
+"""Seconds for a cluster to answer the door."""
 
 
 def crew(jobs: Sequence[tuple[Cell, ...]], *, address: str, threads: int, how: How) -> Generator[Outcome]:
@@ -37,6 +40,7 @@ def crew(jobs: Sequence[tuple[Cell, ...]], *, address: str, threads: int, how: H
         ) from error
     ours = not ray.is_initialized()
     if ours:
+        _knock(address)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             ray.init(
@@ -53,6 +57,17 @@ def crew(jobs: Sequence[tuple[Cell, ...]], *, address: str, threads: int, how: H
     finally:
         if ours:
             ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Refuse an address at which nothing listens: Ray itself would wait there for minutes."""
+    host, found, port = address.removeprefix("ray://").rpartition(":")
+    if not found:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=PATIENCE).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise OptionError(f"ray_address must be that of a running cluster; got {address!r} ({error}). Start one, or use local.") from error
 
 
 def _outcomes(ray: Any, jobs: Sequence[tuple[Cell, ...]], threads: int, how: How) -> Generator[Outcome]:
