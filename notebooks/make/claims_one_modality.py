@@ -209,8 +209,9 @@ DECODER_SCALE = [
     """
 # Do larger decoders learn from the prompt, or by heart?
 
-Huang et al. (2026) report that larger models lean towards answers from the weights, and that with two modalities a deeper decoder needs fewer classes of the second one. Here depth (1, 2, 4 layers) and
-width change with one modality; with two, decoders of 2 and 4 layers, each after a first stage of its own, meet few and many classes of the second modality.
+Huang et al. (2026) report that larger models lean towards answers from the weights, and that with two modalities a deeper decoder needs fewer classes of the second one (so that at the same few classes it does better). Here
+depth (1, 2, 4 layers) and
+width change with one modality; with two, decoders of 2 and 4 layers, each after a first stage of its own, meet K2 classes of the second modality.
 
 The models are the **cpu preset** (Adam, few steps), not the paper's own schedule. Table: `mechicl sweep notebooks/sweeps/NAME.toml`; three seeds, intervals over seeds (Student).
 """,
@@ -250,7 +251,7 @@ plot_sweep(flat, "n_places", ["accuracy_ic", "accuracy_iw"], facet="K", log_x=Fa
 ## Measure: depth, two modalities
 """,
     """>>>
-figure = plot_sweep(two, "K2", "accuracy_ic", color="n_layers", title="Classes of the second modality that a decoder needs")
+figure = plot_sweep(two, "n_layers", ["accuracy_ic", "accuracy_iw"], facet="K2", title="Two modalities, K2 classes of the second")
 figure.update_layout(paper_bgcolor="white", plot_bgcolor="white").write_image(figures / "NAME_two_modalities.png", scale=2)
 figure""",
     """

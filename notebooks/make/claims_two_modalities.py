@@ -210,7 +210,8 @@ names = ["02_icl_against_in_weights", "03_does_rope_raise_the_threshold", "06_de
 tables = [pd.read_parquet(results / f"{name}.parquet") for name in names if (results / f"{name}.parquet").exists()]
 tables = [t[t["preset"] == "cpu"] for t in tables]
 tables = [t[t["n_layers"] == 2] if "n_layers" in t.columns else t for t in tables]
-table = trends.pooled(tables)
+common = min(int(t["step"].max()) for t in tables)  # some sweeps trained longer
+table = trends.pooled([t[t["step"] <= common] for t in tables])
 measures = ["cla", "cla_ic", *(f"{m}_{l}.0" for m in ("ph1", "ila", "tila", "tiia", "tla", "ih") for l in (0, 1))]
 frame, outcome, setting = trends.models(table, measures=measures)
 print(len(frame), "models in", setting.max() + 1, "settings; ICL accuracy", outcome.describe()[["min", "50%", "max"]].round(2).to_dict())""",
