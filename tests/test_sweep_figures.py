@@ -12,7 +12,7 @@ from mechicl.analysis.change_points import emergence
 from mechicl.errors import OptionError
 from mechicl.results import Correlations, Estimate, Forest, KnockOut, KnockOutTable
 from mechicl.views.plots import plot, plot_sweep
-from mechicl.views.sweeps import called
+from mechicl.views.trainings import called
 
 STEPS = [0, *(2**k for k in range(12))]
 
@@ -87,7 +87,7 @@ def test_a_sweep_is_the_mean_over_seeds_with_every_run_as_a_dot() -> None:
     last = table[(table["step"] == 100) & (table["positions"] == "rope")]
     np.testing.assert_allclose(drawn[0].y, last.groupby("K")["accuracy_ic"].mean())
     one = runs_estimate(last[last["K"] == 256]["accuracy_ic"].to_numpy(), unit="probability")
-    assert list(drawn[0].customdata[1]) == pytest.approx([one.low, one.high, 3])
+    assert list(drawn[0].customdata[1][:3]) == pytest.approx([one.low, one.high, 3])
     assert figure.layout.xaxis.type == "log"
     dots = [trace for trace in figure.data if trace.mode == "markers"]
     assert sum(len(trace.y) for trace in dots) == 18
@@ -99,17 +99,21 @@ def test_a_sweep_of_two_measures_in_panels_and_over_words() -> None:
     assert len(lines(figure)) == 4
     assert {note.text for note in figure.layout.annotations} == {"<b>positions rope</b>", "<b>positions &lt;b&gt;alibi&lt;/b&gt;</b>"}
     assert sum(bool(trace.showlegend) for trace in lines(figure)) == 2
-    words = plot_sweep(sweep(), "positions", title="Over codes")
-    assert words.layout.xaxis.type == "category"
+    words = plot_sweep(sweep(), "positions", title="Over codes", levels={"copying": 0.5})
+    assert list(words.layout.xaxis.ticktext) == ["rope", "&lt;b&gt;alibi&lt;/b&gt;"]
+    assert not lines(words)  # words have no order: nothing joins them
+    marks = next(trace for trace in words.data if trace.error_y.array is not None)
+    np.testing.assert_allclose(marks.error_y.array, [row[1] - y for row, y in zip(marks.customdata, marks.y, strict=True)])
     assert words.layout.title.text == "<b>Over codes</b>"
+    assert (words.layout.shapes[0].y0, words.layout.annotations[0].text) == (0.5, "copying")
 
 
 def test_a_sweep_with_one_seed_and_holes_still_draws() -> None:
     table = sweep(1)
     table = table[~((table["positions"] == "rope") & (table["K"] == 64))]
-    drawn = lines(plot_sweep(table, "K", color="positions"))
-    assert [len(trace.x) for trace in drawn] == [2, 3]
-    assert np.isnan([row[0] for row in drawn[0].customdata]).all()
+    drawn = {trace.name: trace for trace in lines(plot_sweep(table, "K", color="positions"))}
+    assert {name: len(trace.x) for name, trace in drawn.items()} == {"rope": 2, "&lt;b&gt;alibi&lt;/b&gt;": 3}
+    assert np.isnan([row[0] for row in drawn["rope"].customdata]).all()
 
 
 def test_correlations_and_forests_are_drawn_strongest_first() -> None:

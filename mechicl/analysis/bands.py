@@ -132,7 +132,7 @@ def at_step(table: pd.DataFrame, step: int | None = None) -> pd.DataFrame:
     rows = rows if step is None else rows[rows["step"] <= step]
     if not len(rows):
         raise OptionError(f"step must be one by which a run was measured; got {step}. Choose a later one, or pass a table with rows.")
-    return rows.sort_values("step").groupby(RUN, sort=False).tail(1)
+    return rows.sort_values("step", kind="stable").groupby(RUN, sort=False).tail(1)
 
 
 def curves(table: pd.DataFrame, measure: str) -> tuple[np.ndarray, Float[np.ndarray, "run step"]]:

@@ -12,7 +12,7 @@ A figure is returned, never shown or written. Its arrays are the result's arrays
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, singledispatch
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ from mechicl.results import (
     Score,
     Series,
 )
-from mechicl.views import curves, grids, sweeps, theme
+from mechicl.views import curves, grids, sweeps, theme, trainings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -113,27 +113,27 @@ def _(result: Series, *, dark: bool = False) -> go.Figure:
 
 @plot.register
 def _(result: Bands, *, changes: Emergence | None = None, log: bool = True, dark: bool = False) -> go.Figure:
-    return _figure(sweeps.growth_bands(result, changes=changes, log=log), dark)
+    return _figure(trainings.growth_bands(result, changes=changes, log=log), dark)
 
 
 @plot.register
 def _(result: Emergence, *, dark: bool = False) -> go.Figure:
-    return _figure(sweeps.emergence_rows(result), dark)
+    return _figure(trainings.emergence_rows(result), dark)
 
 
 @plot.register
 def _(result: Correlations, *, top: int = 20, dark: bool = False) -> go.Figure:
-    return _figure(sweeps.correlation_rows(result, top=top), dark)
+    return _figure(trainings.correlation_rows(result, top=top), dark)
 
 
 @plot.register
 def _(result: Forest, *, top: int = 15, dark: bool = False) -> go.Figure:
-    return _figure(sweeps.forest_rows(result, top=top), dark)
+    return _figure(trainings.forest_rows(result, top=top), dark)
 
 
 @plot.register
 def _(result: KnockOutTable, *, dark: bool = False) -> go.Figure:
-    return _figure(sweeps.knock_out_rows(result), dark)
+    return _figure(trainings.knock_out_rows(result), dark)
 
 
 def plot_sweep(
@@ -146,6 +146,7 @@ def plot_sweep(
     step: int | None = None,
     log_x: bool = True,
     title: str = "",
+    levels: Mapping[str, float] | None = None,
     dark: bool = False,
 ) -> go.Figure:
     """A sweep's results over one setting: mean over runs with the band of its interval, and every run as a dot.
@@ -158,6 +159,7 @@ def plot_sweep(
         facet: A setting: a panel for each of its values.
         step: Each run as it was at its last measured step up to this one; None: at its end.
         title: In place of the one made of the names.
+        levels: Horizontal lines, such as {"copying any label": 0.52}.
         dark: For a dark page.
 
     Raises:
@@ -174,7 +176,9 @@ def plot_sweep(
     def stat(values: np.ndarray) -> Estimate:
         return runs_estimate(values, unit="probability" if percent else "measure")
 
-    return _figure(sweeps.sweep_lines(rows, x, names, color, facet, stat, log_x=positive, percent=percent, title=title), dark)
+    return _figure(
+        sweeps.sweep_lines(rows, x, names, color, facet, stat, log_x=positive, percent=percent, title=title, levels=levels or {}), dark
+    )
 
 
 def plot_pattern(view: PromptView, head: Head, *, positions: Sequence[int] | None = None, dark: bool = False) -> go.Figure:
