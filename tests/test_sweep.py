@@ -18,7 +18,7 @@ import sweep_stand_in as stand_in
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mechicl.errors import CheckpointError, OptionError, OutputPathError
+from mechicl.errors import CheckpointError, DeviceError, OptionError, OutputPathError
 from mechicl.training import sweep
 from mechicl.training.cells import axis_names, cells, digest, groups, read_spec
 from mechicl.training.runs import write_bytes
@@ -122,6 +122,18 @@ def test_a_file_that_is_not_toml_is_refused(tmp_path: Path) -> None:
         read_spec(tmp_path / "spec.toml")
     with pytest.raises(OptionError, match="can be read"):
         read_spec(tmp_path / "other.toml")
+
+
+def test_options_that_cannot_be_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    for options, error, says in (
+        ({"workers": 0}, OptionError, "workers must be at least 1"),
+        ({"together": 0}, OptionError, "together must be at least 1"),
+        ({"device": "abacus"}, DeviceError, "device must"),
+        ({"device": "cuda:99"}, DeviceError, "device must"),
+    ):
+        with pytest.raises(error, match=says):
+            run(SPEC, tmp_path / "out", **options)
+        assert not (tmp_path / "out").exists()
 
 
 # one tidy table
@@ -300,9 +312,12 @@ def test_an_interrupted_sweep_leaves_its_table_and_no_worker(tmp_path: Path, mon
 def test_a_damaged_cell_is_named(tmp_path: Path) -> None:
     run(SPEC, tmp_path / "out")
     path = next((tmp_path / "out" / "cells").iterdir())
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match=path.name):
-        run(SPEC, tmp_path / "out")
+    whole = path.read_bytes()
+    bit = len(whole) // 4
+    for damaged in (b"", whole[:100], whole[:bit] + bytes([whole[bit] ^ 1]) + whole[bit + 1 :]):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=rf"{path.name}.*Delete it"):
+            run(SPEC, tmp_path / "out")
 
 
 # a failure is a result

@@ -274,21 +274,20 @@ def digest(recipe: Mapping[str, Any]) -> str:
 
 def group_size(spec: Spec, together: int | None, device: str | None) -> int:
     """At most so many cells a group: what the user says, or 4 on a CPU, where one model's step already fills a core and a small group loses less to a kill,
-    and 64 on a GPU."""
+    and 64 on a GPU.
+
+    Raises:
+        OptionError: `together` below 1.
+    """
+    if together is not None and together < 1:
+        raise OptionError(f"together must be at least 1; got {together}. Use 1 for one at a time.")
     if not spec.group:
         return 1
     return together if together is not None else 4 if (device or "cpu").startswith("cpu") else 64
 
 
 def groups(todo: Sequence[Cell], key: Callable[[Mapping[str, Any]], str], together: int, workers: int) -> list[tuple[Cell, ...]]:
-    """Cells to train in one batched step: equal `key`, at most `together`, in order, and no fewer groups than there are workers to keep busy.
-
-    Raises:
-        OptionError: `together` or `workers` below 1.
-    """
-    for name, value in (("together", together), ("workers", workers)):
-        if value < 1:
-            raise OptionError(f"{name} must be at least 1; got {value}. Use 1 for one at a time.")
+    """Cells to train in one batched step: equal `key`, at most `together`, in order, and no fewer groups than there are workers to keep busy."""
     same: dict[str, list[Cell]] = {}
     for cell in todo:
         same.setdefault(key(cell.recipe), []).append(cell)

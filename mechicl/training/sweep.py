@@ -64,6 +64,7 @@ def run(
 
     Raises:
         OptionError: a spec or an option that cannot be.
+        DeviceError: this machine has no such device.
         CheckpointError: the folder holds finished cells of another sweep.
         OutputPathError: the folder cannot be written, or another driver is at work in it.
     """
@@ -73,11 +74,15 @@ def run(
 
     if workers < 1:
         raise OptionError(f"workers must be at least 1; got {workers}. Use 1 to train in this process.")
+    if device is not None and ray_address is None:
+        from mechicl.models.load import check_device
+
+        check_device(device)
     wanted = read_spec(spec)
     module = importlib.import_module(trainer)
+    size = group_size(wanted, together, device)
     store = Store(out, wanted, cells(wanted, module.resolve))
     how = How(trainer, device, str(store.models) if keep_models else None)
-    size = group_size(wanted, together, device)
 
     def outcomes(todo: Sequence[Cell], how: How) -> Generator[Outcome]:
         jobs = groups([starting(cell, str(store.models)) for cell in todo], module.alike, size, workers)

@@ -32,6 +32,8 @@ def crew(jobs: Sequence[tuple[Cell, ...]], *, address: str, threads: int, how: H
     Raises:
         OptionError: Ray is not installed, or there is no cluster at the address.
     """
+    if not jobs:
+        return
     try:
         import ray  # pyright: ignore[reportMissingImports]  (an extra)
     except ImportError as error:

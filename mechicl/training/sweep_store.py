@@ -22,7 +22,7 @@ from typing import Any
 from mechicl.errors import CheckpointError, OutputPathError
 from mechicl.training.cells import Cell, Spec, axis_names
 from mechicl.training.runs import read_json, short, write_bytes, write_text
-from mechicl.training.sweep_table import read_table, write_results
+from mechicl.training.sweep_table import open_table, write_results
 from mechicl.training.sweep_work import Outcome, versions
 
 PLAN = "sweep.json"
@@ -67,7 +67,7 @@ class Store:
         if (self.out / PLAN).exists():
             self._agree(read_json(self.out / PLAN))
         for cell in finished(self.out):
-            read_table(self.out / "cells" / f"{cell}.parquet")
+            open_table(self.out / "cells" / f"{cell}.parquet").close()
         plan = {
             "spec": asdict(self.spec),
             "columns": self.names,

@@ -86,14 +86,33 @@ def read_table(path: Path) -> pa.Table:
         CheckpointError: it is not there or damaged.
     """
     import pyarrow as pa
+
+    try:
+        with open_table(path) as file:
+            return file.read()
+    except (OSError, pa.ArrowException) as error:
+        raise _damaged(path, error) from error
+
+
+def open_table(path: Path) -> Any:
+    """A Parquet file of which only the end is read, where its contents are listed: that of a cut-off file is missing.
+
+    Raises:
+        CheckpointError: it is not there or damaged.
+    """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(path).read()
+        return pq.ParquetFile(path, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
-        raise CheckpointError(
-            f"{path.name} must be a whole Parquet file; {path} is not ({error}). Delete it and run the sweep again."
-        ) from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path.name} must be a whole Parquet file; {path} is not ({str(error).splitlines()[0]}). Delete it and run the sweep again."
+    )
 
 
 def _about(table: pa.Table) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def parquet_bytes(table: pd.DataFrame, about: Mapping[str, Any]) -> bytes:
     kinds = {name: "int64" if name == "step" else "float64" for name in table.columns}
     out = io.BytesIO()
     made = pa.Table.from_pandas(table.astype(kinds), preserve_index=False).replace_schema_metadata({META: json.dumps(about).encode()})
-    pq.write_table(made, out, row_group_size=max(len(table), 1))
+    pq.write_table(made, out, row_group_size=max(len(table), 1), write_page_checksum=True)
     return out.getvalue()
 
 
