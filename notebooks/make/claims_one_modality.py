@@ -17,6 +17,12 @@ runs = bands.at_step(table)
 base = claims.base_of(table)
 print(len(runs), "models,", runs["seed"].nunique(), "seeds, last step", int(runs["step"].max()))
 base""",
+    """>>>
+from mechicl.data.gaussian import UnimodalTask, chance
+
+copy = {int(b): chance(UnimodalTask(B=int(b)), "ic")["context"] for b in table["B"].unique()}
+copying = {"copying any label": copy[base["B"]]}
+print("copying any label is right in", {b: round(c, 3) for b, c in copy.items()})""",
     """
 ## Look: how it grows in one setting
 
@@ -40,22 +46,18 @@ Each figure changes one setting and keeps the others. Copying any context label 
 compared.
 """,
     """>>>
-figure = plot_sweep(claims.around(table, "K"), "K", ["accuracy_ic", "accuracy_iw", "cla_ic"], title="More classes")
+figure = plot_sweep(claims.around(table, "K"), "K", ["accuracy_ic", "accuracy_iw", "cla_ic"], title="More classes", levels=copying)
 figure.update_layout(paper_bgcolor="white", plot_bgcolor="white").write_image(figures / "NAME_classes.png", scale=2)
 figure""",
     """>>>
-from mechicl.data.gaussian import UnimodalTask, chance
-
-copy = {b: chance(UnimodalTask(B=int(b)), "ic")["context"] for b in table["B"].unique()}
 level = table["B"].map(copy)
 table["accuracy_above_copying"] = (table["accuracy_ic"] - level) / (1 - level)
-print("copying any label is right in", {int(b): round(c, 3) for b, c in copy.items()})
 plot_sweep(claims.around(table, "B", base), "B", ["accuracy_above_copying", "accuracy_iw"], title="Burstier contexts")""",
     """>>>
-plot_sweep(claims.around(table, "eps", base), "eps", ["accuracy_ic", "accuracy_iw"], log_x=False, title="Wider classes")""",
+plot_sweep(claims.around(table, "eps", base), "eps", ["accuracy_ic", "accuracy_iw"], log_x=False, title="Wider classes", levels=copying)""",
     """>>>
 table["accuracy_of_the_worse"] = table[["accuracy_ic", "accuracy_iw"]].min(axis=1)
-plot_sweep(claims.around(table, "alpha", base), "alpha", ["accuracy_ic", "accuracy_iw"], log_x=False, title="Skewed class frequencies")""",
+plot_sweep(claims.around(table, "alpha", base), "alpha", ["accuracy_ic", "accuracy_iw"], log_x=False, title="Skewed class frequencies", levels=copying)""",
     """
 ## Verdict, from the numbers
 
@@ -125,11 +127,15 @@ shares = {f.__name__: offset_share(torch.einsum("bqhd,bkhd->bqk", f(q, place), f
 ## Measure: every code at equal width
 """,
     """>>>
+from mechicl.data.gaussian import chance
+from mechicl.training.toy_recipe import recipe
+
 table = pd.read_parquet(results / "NAME.parquet")
 wide = claims.rows(table, {"n_places": 32, "qkv_bias": False})
+copying = {"copying any label": chance(recipe("cpu").task, "ic")["context"]}
 runs = bands.at_step(table)
 print(len(runs), "models,", runs["seed"].nunique(), "seeds, last step", int(runs["step"].max()))
-figure = plot_sweep(wide, "K", "accuracy_ic", color="positions", title="ICL over classes, all codes of positions at equal width")
+figure = plot_sweep(wide, "K", "accuracy_ic", color="positions", title="ICL over classes, all codes of positions at equal width", levels=copying)
 figure.update_layout(paper_bgcolor="white", plot_bgcolor="white").write_image(figures / "NAME_icl.png", scale=2)
 figure""",
     """>>>
@@ -149,11 +155,11 @@ Without biases of queries and keys a model without any code of positions cannot 
 """,
     """>>>
 same = {"K": int(claims.rows(table, {"qkv_bias": True})["K"].iloc[0]), "n_places": 32}
-plot_sweep(claims.rows(table, same), "positions", "accuracy_ic", color="qkv_bias", title=f"With and without q/k/v biases, K = {same['K']}")""",
+plot_sweep(claims.rows(table, same), "positions", "accuracy_ic", color="qkv_bias", title=f"With and without q/k/v biases, K = {same['K']}", levels=copying)""",
     """>>>
 narrow = claims.rows(table, {"n_places": 0})
 wider = claims.rows(wide, {"K": tuple(narrow["K"].unique()), "positions": tuple(narrow["positions"].unique())})
-plot_sweep(pd.concat([narrow, wider]), "positions", "accuracy_ic", color="n_places", title="As the paper ran it (no room for places), and at equal width")""",
+plot_sweep(pd.concat([narrow, wider]), "positions", "accuracy_ic", color="n_places", title="As the paper ran it (no room for places), and at equal width", levels=copying)""",
     """
 ## When it appears
 
@@ -189,7 +195,6 @@ claims.verdict_table(found).round(3)""",
 """,
     """>>>
 from mechicl.training.toy import train_toy
-from mechicl.training.toy_recipe import recipe
 
 live = {}
 for code in ("rope", "rope_interleaved_bug"):

@@ -18,11 +18,17 @@ plain = claims.rows(table, {"labels": "pair", "m1_query": "on"})
 plain = plain.assign(start=plain["early_fusion"].map({True: "both from the start", False: "after a first stage"}))
 both = claims.rows(plain, {"K1": claims.base_of(plain)["K1"]})
 runs.groupby(["early_fusion", "labels", "m1_query"]).size()""",
+    """>>>
+from mechicl.data.gaussian import chance
+from mechicl.training.toy_recipe import recipe
+
+copying = {"copying any label": chance(recipe("cpu_multimodal").task, "ic")["context"]}
+copying""",
     """
 ## Measure: classes of the second modality
 """,
     """>>>
-figure = plot_sweep(both, "K2", ["accuracy_ic"], color="start", title="ICL over the classes of modality 2")
+figure = plot_sweep(both, "K2", ["accuracy_ic"], color="start", title="ICL over the classes of modality 2", levels=copying)
 figure.update_layout(paper_bgcolor="white", plot_bgcolor="white").write_image(figures / "NAME_k2.png", scale=2)
 figure""",
     """
@@ -46,7 +52,7 @@ poor1 = fused[fused["K1"] < rich].assign(few="modality 1", classes=lambda t: t["
 shared = tuple(int(k) for k in sorted(set(poor1["classes"]) & set(poor2["classes"])))
 poor = claims.rows(pd.concat([poor1, poor2]), {"classes": shared})
 poor = poor[["cell", "seed", "few", "classes", "step", "accuracy_ic", "accuracy_iw", "cla_ic"]]
-plot_sweep(poor, "classes", "accuracy_ic", color="few", title="Early fusion: ICL where one modality has few classes")""",
+plot_sweep(poor, "classes", "accuracy_ic", color="few", title="Early fusion: ICL where one modality has few classes", levels=copying)""",
     """
 ## Control: what does the query's first modality tell?
 
@@ -54,7 +60,7 @@ plot_sweep(poor, "classes", "accuracy_ic", color="few", title="Early fusion: ICL
 """,
     """>>>
 query = claims.rows(table, {"labels": "pair", "early_fusion": False, "K2": 256})
-figure = plot_sweep(query, "m1_query", ["accuracy_ic", "cla_ic"], title="The query's item of modality 1, K2 = 256 after a first stage")
+figure = plot_sweep(query, "m1_query", ["accuracy_ic", "cla_ic"], title="The query's item of modality 1, K2 = 256 after a first stage", levels=copying)
 figure.update_layout(paper_bgcolor="white", plot_bgcolor="white").write_image(figures / "NAME_query.png", scale=2)
 figure""",
     """>>>
@@ -83,7 +89,6 @@ claims.verdict_table(found).round(3)""",
 """,
     """>>>
 from mechicl.training.toy import train_toy
-from mechicl.training.toy_recipe import recipe
 
 run = train_toy(recipe("cpu_multimodal", steps=100, points=6, probe_n=256), progress=False)
 run.table[["step", "loss", "accuracy_ic", "accuracy_iw", "cla_ic"]].round(3)""",
