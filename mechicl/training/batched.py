@@ -8,7 +8,7 @@ up to date, so that a model can be measured between any two steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,20 +19,6 @@ from mechicl.errors import OptionError
 from mechicl.models.toy import classify_with
 from mechicl.training.toy_feed import Work
 from mechicl.training.toy_recipe import ToyRecipe, together_key
-
-
-class Trainees(Protocol):
-    """Models in training."""
-
-    models: list[Any]
-
-    def step(self, work: Work) -> Float[Tensor, " model"]: ...
-
-    def moments(self, i: int) -> dict[str, Tensor]: ...
-
-    def restore(self, i: int, moments: Mapping[str, Tensor]) -> None: ...
-
-    def keep(self, which: Sequence[int]) -> None: ...
 
 
 def optimizer(recipe: ToyRecipe, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -64,7 +50,7 @@ class Alone:
         one = work.each(lambda x: x[0])
         loss = self._loss(one.tokens, one.second, one.position_ids, one.target)
         for p, grad in zip(self._parameters, torch.autograd.grad(loss, self._parameters), strict=True):
-            p.grad = grad
+            p.grad = grad.contiguous()  # the fused optimizers read memory in order, whatever the gradient's strides say
         self._optimizer.step()
         return loss.detach()[None]
 
@@ -106,9 +92,7 @@ class Batched:
         first = learnable(models[0])
         self._shapes = {name: p.shape for name, p in first.items()}
         self._sizes = [p.numel() for p in first.values()]
-        self._call: Callable[..., Tensor] = self._losses
-        if compile:
-            self._call = torch.compile(self._losses)
+        self._call: Callable[..., Tensor] = torch.compile(self._losses) if compile else self._losses
         self._gather([torch.cat([p.detach().reshape(-1) for p in learnable(m).values()]) for m in self.models])
 
     def _gather(self, rows: Sequence[Tensor]) -> None:
@@ -179,6 +163,10 @@ class Batched:
             self._gather(rows)
             for i, few in enumerate(moments):
                 self.restore(i, few)
+
+
+Trainees = Alone | Batched
+"""Models in training."""
 
 
 def _placed(key: str, value: Tensor, like: Tensor) -> Tensor:

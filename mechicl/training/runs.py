@@ -61,7 +61,7 @@ class Run:
                     f"out must be an empty folder; {path} holds a run. Pass resume=True to continue it, or choose another folder."
                 )
             compare(read_json(path / CONFIG), wanted, path)
-        elif any(path.iterdir()):
+        elif any(other.name != f"{CONFIG}.part" for other in path.iterdir()):  # that one is a run killed at its very first write
             raise OutputPathError(f"out must be an empty folder or a run's folder; {path} holds other files. Choose another folder.")
         else:
             write_text(path / CONFIG, json.dumps(wanted, indent=1, sort_keys=True) + "\n")

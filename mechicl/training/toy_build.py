@@ -167,8 +167,9 @@ def train_encoder(model: ToyTransformer, recipe: ToyRecipe) -> float:
 
 
 def encoder_batch(recipe: ToyRecipe, step: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values of the second modality [m, *shape] and their classes [m], as the task draws them."""
-    drawn = draw(recipe.task, max(2, recipe.batch // 4), generator(device, "encoder", step, recipe.seed), device=device)
+    """About `recipe.batch` values of the second modality [m, *shape] and their classes [m], each drawn by itself."""
+    n = max(2, -(-recipe.batch // (recipe.task.N + 1)))
+    drawn = draw(recipe.task, n, generator(device, "encoder", step, recipe.seed), split="iw", device=device)
     assert drawn.second is not None
     assert drawn.item2 is not None
     assert drawn.query2 is not None

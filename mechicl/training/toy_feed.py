@@ -22,12 +22,12 @@ BLOCK = 8
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """What one training step reads, of one or many models. `position_ids` where the model's places have a random start."""
+    """What one training step reads, of one model or (with a leading axis) many. `position_ids` where the model's places have a random start."""
 
-    tokens: Float[Tensor, "model batch pos d_input"]
-    target: Int[Tensor, "model batch"]
+    tokens: Float[Tensor, "*model batch pos d_input"]
+    target: Int[Tensor, "*model batch"]
     second: Tensor | None = None
-    position_ids: Int[Tensor, "model batch pos"] | None = None
+    position_ids: Int[Tensor, "*model batch pos"] | None = None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Work:
         """Every tensor changed alike."""

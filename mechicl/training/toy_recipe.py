@@ -11,14 +11,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from mechicl.data.gaussian import MultimodalTask, Task, UnimodalTask
 from mechicl.errors import OptionError
 
-Optimizer = Literal["sgd", "adam", "adamw"]
 OPTIMIZERS = ("sgd", "adam", "adamw")
 PARTS = ("decoder", "encoder", "projector")
 KINDS: dict[str, type] = {"unimodal": UnimodalTask, "multimodal": MultimodalTask}
@@ -41,12 +40,12 @@ class ToyRecipe:
     task: Task = field(default_factory=UnimodalTask)
     model: Mapping[str, Any] = field(default_factory=lambda: {"preset": "huang2026"})
     encoder: Mapping[str, Any] | None = None
-    optimizer: Optimizer = "adam"
+    optimizer: str = "adam"
     lr: float = 1e-3
     weight_decay: float = 1e-6
     batch: int = 128
     steps: int = 10_000
-    stage: Literal[1, 2, 3] = 1
+    stage: int = 1
     freeze: tuple[str, ...] = ()
     start: str | None = None
     early_fusion: bool = False
