@@ -146,6 +146,12 @@ def test_bands_are_the_runs_means_and_count_them() -> None:
     assert len(band.to_frame()) == len(STEPS)
 
 
+def test_a_band_of_shares_stays_within_them() -> None:
+    band = seed_bands(runs(3, sd=0.05, accuracy_ic=300.0, ih=300.0).assign(accuracy_ic=lambda t: t["accuracy_ic"].clip(0, 1)))
+    assert (band.low["accuracy_ic"] >= 0).all()
+    assert (band.high["accuracy_ic"] <= 1).all()
+
+
 def test_a_series_is_a_run() -> None:
     one = Series(STEPS, {"a": rise(200)}, {}, {}, "probability", 64, Provenance("toy"))
     assert as_table([one, one])["cell"].nunique() == 2

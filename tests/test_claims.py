@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mechicl.analysis.claims import around, base_of, by_seed, claim, difference, rows, slope, threshold, verdict_table
+from mechicl.analysis.claims import around, base_of, by_seed, claim, difference, paired, rows, slope, threshold, verdict_table
 from mechicl.analysis.knockouts import table_of
 from mechicl.analysis.trends import pooled
 from mechicl.errors import OptionError
@@ -20,7 +20,15 @@ def table(n_seeds: int = 4, effect: float = 0.3, sd: float = 0.02) -> pd.DataFra
         points = [(k, code, 4) for k in (256, 512, 1024, 2048) for code in ("rope", "alibi")] + [(1024, "rope", b) for b in (1, 2)]
         for k, code, b in points:
             icl = 0.1 * np.log2(k / 256) + effect * (code == "alibi") + 0.05 * b + shift + rng.normal(0, sd)
-            common = {"cell": f"{k}{code}{b}{seed}", "preset": "cpu", "seed": seed, "K": k, "positions": code, "B": b, "start": None if b == 4 else "runs/a"}
+            common = {
+                "cell": f"{k}{code}{b}{seed}",
+                "preset": "cpu",
+                "seed": seed,
+                "K": k,
+                "positions": code,
+                "B": b,
+                "start": None if b == 4 else "runs/a",
+            }
             made += [common | {"step": 0, "accuracy_ic": 9.0}, common | {"step": 50, "accuracy_ic": icl}]
     return pd.DataFrame(made)
 
@@ -47,11 +55,23 @@ def test_findings_follow_from_the_numbers_alone() -> None:
     assert verdict_table([up, none])["finding"].tolist() == ["holds", "not shown"]
 
 
+def test_a_main_effect_pairs_runs_that_are_alike_in_everything_else() -> None:
+    grid = rows(table(2), {"B": 4}).drop(columns=["B", "start"])
+    found = paired(grid, "accuracy_ic", "positions", "rope", "alibi")
+    assert found.value == pytest.approx(0.3, abs=0.03)
+    assert found.n == 8  # four K, two seeds
+    assert "n = 8 pairs" in str(claim("alibi", found))
+    with pytest.raises(OptionError, match="differ in B alone"):
+        paired(grid.assign(B=grid["K"]), "accuracy_ic", "B", 256, 512)
+
+
 def test_a_slope_is_per_doubling_within_seeds() -> None:
     found = slope(rows(table(), {"positions": "rope", "B": 4}), "K", "accuracy_ic")
     assert found.value == pytest.approx(0.1, abs=0.015)
     assert found.low < 0.1 < found.high
-    assert slope(around(table(), "B", {"K": 1024, "positions": "rope"}), "B", "accuracy_ic", log=False).value == pytest.approx(0.05, abs=0.02)
+    assert slope(around(table(), "B", {"K": 1024, "positions": "rope"}), "B", "accuracy_ic", log=False).value == pytest.approx(
+        0.05, abs=0.02
+    )
 
 
 def test_the_base_of_a_one_at_a_time_design_is_found() -> None:

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 from pathlib import Path
 
 import nbformat
@@ -25,8 +26,10 @@ def test_there_is_a_notebook() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_a_notebook_runs(path: Path, tmp_path: Path) -> None:
     book = nbformat.read(path, as_version=4)
-    if f"{path.stem}.parquet" in "".join(cell.source for cell in book.cells) and not (ROOT / "results" / f"{path.stem}.parquet").exists():
-        pytest.skip(f"run its sweep first: notebooks/sweeps/{path.stem}.toml")
+    code = "".join(cell.source for cell in book.cells)
+    missing = [name for name in re.findall(r"0\d_\w+(?=\.parquet)", code) if not (ROOT / "results" / f"{name}.parquet").exists()]
+    if missing:
+        pytest.skip(f"run its sweep first: notebooks/sweeps/{missing[0]}.toml")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "MECHICL_FIGURES": str(tmp_path)}
     client = NotebookClient(book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
     client.execute(env=environment)

@@ -169,6 +169,10 @@ def seed_bands(
     for name in names:
         found[name] = curves(table, name)[1]
     every = {name: over_runs(values, method, seed=seed) for name, values in found.items()}
+    shares = [
+        name for name in names if name.startswith(("accuracy", "cla"))
+    ]  # an interval does not leave 0..1; other measures may be negative
+    every |= {name: (mean, np.clip(low, 0, 1), np.clip(high, 0, 1)) for name, (mean, low, high) in every.items() if name in shares}
     series = [one for one in (data if isinstance(data, list | tuple) else [data]) if isinstance(one, Series)]
     return Bands(
         steps=steps, values={k: v[0] for k, v in every.items()}, low={k: v[1] for k, v in every.items()}, high={k: v[2] for k, v in every.items()},

@@ -75,6 +75,24 @@ def difference(table: pd.DataFrame, outcome: str, first: Where, second: Where) -
     return runs_estimate(change.to_numpy(), unit="change")
 
 
+def paired(table: pd.DataFrame, outcome: str, factor: str, low: Any, high: Any) -> Estimate:
+    """Main effect of one factor of a factorial design: the outcome at `high` minus at `low`, in runs that are alike in everything else, seed included.
+
+    Returns:
+        Mean over pairs with Student's interval over pairs, which stand for the settings; the effect may well differ between them.
+
+    Raises:
+        OptionError: no two runs differ in the factor alone.
+    """
+    _check(table, outcome)
+    runs: Any = at_step(table)
+    alike = ["seed", *(name for name in settings_of(table) if name != factor)]
+    wide = rows(runs, {factor: (low, high)}).pivot_table(index=alike, columns=factor, values=outcome, dropna=True)
+    if low not in wide.columns or high not in wide.columns or not len(wide[[low, high]].dropna()):
+        raise OptionError(f"table must have runs that differ in {factor} alone, {low} and {high}; it has none. Pass a factorial design.")
+    return runs_estimate((wide[high] - wide[low]).dropna().to_numpy(), unit="change over settings")
+
+
 def slope(table: pd.DataFrame, x: str, outcome: str, *, log: bool = True) -> Estimate:
     """Change of the outcome per doubling of x (per unit without `log`), least squares within each seed, mean over seeds.
 
@@ -131,7 +149,9 @@ def claim(text: str, evidence: Estimate, *, bar: float = 0.0) -> Claim:
         finding = "does not hold"
     else:
         finding = "not shown"
-    counted = {"change": "seeds", "change per doubling": "seeds", "change per unit": "seeds"}.get(evidence.unit, "")
+    counted = {"change": "seeds", "change per doubling": "seeds", "change per unit": "seeds", "change over settings": "pairs"}.get(
+        evidence.unit, ""
+    )
     spread = f"[{evidence.low:+.3f}, {evidence.high:+.3f}]" if np.isfinite(evidence.low) else "(no interval)"
     number = f"{evidence.value:+.3f} {spread} {evidence.unit}, n = {evidence.n}{' ' + counted if counted else ''}"
     against = f", against {bar:g}" if bar else ""

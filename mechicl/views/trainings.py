@@ -19,7 +19,7 @@ KIND_COLOURS = {"intact": INTACT, "heads": CHOSEN, "random heads": RANDOM, "moda
 PERCENT = {"tickformat": ".0%", "range": [-0.03, 1.03]}
 NAMES = {
     "accuracy": "accuracy, training task", "accuracy_ic": "ICL: new classes", "accuracy_ic2": "ICL: labels shifted", "accuracy_iw": "in weights",
-    "cla": "CLA, training task", "cla_ic": "CLA: any context label",
+    "accuracy_above_copying": "ICL above copying", "accuracy_of_the_worse": "the worse of both", "cla": "CLA, training task", "cla_ic": "CLA: any context label",
 }  # fmt: skip
 MEASURES = {
     "ph1": "PH(1), previous token", "ph2": "PH(2), two before", "ila": "ILA, label to item", "ila2": "ILA, label to 2nd item", "ih": "IH, right minus wrong labels",
