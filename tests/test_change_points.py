@@ -58,6 +58,17 @@ def test_noise_without_a_jump_has_no_change(seed: int) -> None:
     assert main_change(STEPS, noise) is None
 
 
+def test_a_measure_that_falls_first_has_its_rise() -> None:
+    """As the attention of labels to their items does: down on the plateau, up when the circuit forms."""
+    curve = rise(60, 0.0, -0.06) + rise(1500, 0.12, 0.2)
+    found = main_change(STEPS, curve, least=0.02, direction="up")
+    assert found is not None
+    assert abs(np.log2(found[0] / 1500)) < 0.3
+    assert found[2] > found[1]
+    assert main_change(STEPS, rise(300, 0.9, 0.1), direction="up") is None
+    assert main_change(STEPS, rise(300), direction="up") == main_change(STEPS, rise(300))
+
+
 def test_a_jump_smaller_than_the_least_does_not_count() -> None:
     assert main_change(STEPS, rise(300, 0.1, 0.15), least=0.1) is None
     assert main_change(STEPS, rise(300, 0.1, 0.15), least=0.02) is not None

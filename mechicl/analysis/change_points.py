@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -18,6 +18,9 @@ from jaxtyping import Float
 from mechicl.analysis.bands import WORDS, Interval, as_table, curves, measures_of, over_runs
 from mechicl.errors import OptionError
 from mechicl.results import ChangePoint, Emergence, Estimate
+
+Direction = Literal["any", "up"]
+"""any: a rise or a fall. up: the rise from a curve's lowest level on, for measures that fall first."""
 
 LEAST = 0.1
 """Smallest difference of levels that counts as a change."""
@@ -69,7 +72,11 @@ def noise(values: Float[np.ndarray, " step"]) -> float:
 
 
 def main_change(
-    steps: Sequence[int] | np.ndarray, values: Sequence[float] | Float[np.ndarray, " step"], *, least: float = LEAST
+    steps: Sequence[int] | np.ndarray,
+    values: Sequence[float] | Float[np.ndarray, " step"],
+    *,
+    least: float = LEAST,
+    direction: Direction = "any",
 ) -> tuple[float, float, float] | None:
     """The one change that explains a curve best.
 
@@ -77,6 +84,7 @@ def main_change(
         steps: When the curve was measured, rising, from 0 on.
         values: The curve.
         least: Smallest difference of levels that counts.
+        direction: Which changes count; see `Direction`.
 
     Returns:
         The step, and the levels before and after it; None where no change is worth its penalty (see `levels`) or it is below `least`.
@@ -89,11 +97,17 @@ def main_change(
     array, clock = _curve(values), log_steps(steps)
     if len(clock) != len(array):
         raise OptionError(f"steps must be as many as values; got {len(clock)} and {len(array)}. Pass a whole curve.")
-    if len(levels(array)) == 1:
+    found = levels(array)
+    if len(found) == 1:
         return None
+    if direction == "up":
+        lowest = min(found, key=lambda level: level.mean).start
+        array, clock = array[lowest:], clock[lowest:]
+        if len(array) < 2 * SHORTEST:
+            return None
     (cut, _) = ruptures.Dynp(model="l2", min_size=SHORTEST, jump=1).fit(array[:, None]).predict(n_bkps=1)
     before, after = float(array[:cut].mean()), float(array[cut:].mean())
-    if abs(after - before) < least:
+    if abs(after - before) < least or (direction == "up" and after < before):
         return None
     return float(2 ** _crossing(clock, array, cut, (before + after) / 2)), before, after
 
@@ -132,7 +146,13 @@ def _curve(values: Any) -> np.ndarray:
 
 
 def emergence(
-    data: Any, measures: Sequence[str] | None = None, *, least: float = LEAST, method: Interval = "student", seed: int = 0
+    data: Any,
+    measures: Sequence[str] | None = None,
+    *,
+    least: float = LEAST,
+    direction: Direction = "any",
+    method: Interval = "student",
+    seed: int = 0,
 ) -> Emergence:
     """When measures change, and in what order, over runs of one setting.
 
@@ -140,6 +160,7 @@ def emergence(
         data: Runs; see `mechicl.analysis.bands.as_table`.
         measures: Which; default all but "loss".
         least: Smallest difference of levels that counts as a change.
+        direction: Which changes count; see `Direction`.
         method: How intervals over runs are made, on the logarithmic scale.
         seed: Of the bootstrap.
 
@@ -152,7 +173,7 @@ def emergence(
     """
     table = as_table(data)
     names = [name for name in measures_of(table) if name != "loss"] if measures is None else list(measures)
-    found = {name: _each_run(*curves(table, name), least) for name in names}
+    found = {name: _each_run(*curves(table, name), least, direction) for name in names}
     points = sorted((_over(name, rows, method, seed) for name, rows in found.items()), key=lambda p: (np.isnan(p.at.value), p.at.value))
     clocks = np.log2(np.array([p.steps for p in points]).reshape(len(points), -1))
     between = clocks[None] - clocks[:, None]  # [row, column, run]
@@ -164,12 +185,12 @@ def emergence(
     )  # fmt: skip
 
 
-def _each_run(steps: np.ndarray, rows: Float[np.ndarray, "run step"], least: float) -> Float[np.ndarray, "run 3"]:
+def _each_run(steps: np.ndarray, rows: Float[np.ndarray, "run step"], least: float, direction: Direction) -> Float[np.ndarray, "run 3"]:
     """Step, level before and after of every run, NaN without a change."""
     out = np.full((len(rows), 3), np.nan)
     for i, row in enumerate(rows):
         known = np.isfinite(row)
-        change = main_change(steps[known], row[known], least=least) if known.any() else None
+        change = main_change(steps[known], row[known], least=least, direction=direction) if known.any() else None
         if change is not None:
             out[i] = change
     return out

@@ -94,8 +94,9 @@ def _shown(steps: np.ndarray, log: bool) -> tuple[np.ndarray, Spec]:
     if len(out) > 1 and out[0] == 0:
         out[0] = out[1] / 2
         ticks, text = [out[0]], ["0"]
+    ends = [float(np.log10(out[0])), float(np.log10(out[-1])) + 0.02] if len(out) > 1 else None
     powers = [10.0**k for k in range(9) if out[0] < 10**k <= out[-1]] if len(out) else []
-    return out, {"type": "log", "tickvals": ticks + powers, "ticktext": text + [f"{int(p):,}" for p in powers]}
+    return out, {"type": "log", "range": ends, "tickvals": ticks + powers, "ticktext": text + [f"{int(p):,}" for p in powers]}
 
 
 def _change_marks(key: str, colour: str, changes: Emergence | None, end: str) -> list[Spec]:

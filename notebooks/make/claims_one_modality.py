@@ -33,7 +33,7 @@ is the plateau. Dotted lines are change points, bars their intervals over seeds.
 one = claims.rows(table, base)
 one = one.assign(accuracy_above_copying=((one["accuracy_ic"] - copy[base["B"]]) / (1 - copy[base["B"]])).clip(lower=0))
 names = ["accuracy_ic", "accuracy_above_copying", "accuracy_iw", "cla_ic", "ph1_0.0", "ila_0.0", "ih_1.0", "tila_1.0"]
-grown = change_points.emergence(one, names, least=0.02)
+grown = change_points.emergence(one, names, least=0.02, direction="up")
 figure = plot(bands.seed_bands(one, names, setting=", ".join(f"{k} = {v}" for k, v in base.items()), n=512), changes=grown)
 figure.update_layout(paper_bgcolor="white", plot_bgcolor="white").write_image(figures / "NAME_growth.png", scale=2)
 figure""",
@@ -150,8 +150,12 @@ from mechicl.training.toy_recipe import recipe
 table = pd.read_parquet(results / "NAME.parquet")
 wide = claims.rows(table, {"n_places": 32, "qkv_bias": False})
 copying = {"copying any label": chance(recipe("cpu").task, "ic")["context"]}
+level = copying["copying any label"]
+wide = wide.assign(accuracy_above_copying=((wide["accuracy_ic"] - level) / (1 - level)).clip(lower=0))
 runs = bands.at_step(table)
 print(len(runs), "models,", runs["seed"].nunique(), "seeds, last step", int(runs["step"].max()))
+""",
+    """>>>
 figure = plot_sweep(wide, "K", "accuracy_ic", color="positions", title="ICL over classes, all codes of positions at equal width", levels=copying)
 figure.update_layout(paper_bgcolor="white", plot_bgcolor="white").write_image(figures / "NAME_icl.png", scale=2)
 figure""",
@@ -180,13 +184,13 @@ plot_sweep(pd.concat([narrow, wider]), "positions", "accuracy_ic", color="n_plac
     """
 ## When it appears
 
-The step at which ICL changes, at the largest K.
+The step at which ICL rises above copying, at the largest K.
 """,
     """>>>
 most = int(wide["K"].max())
 steps = {}
 for code in codes:
-    point = change_points.emergence(claims.rows(wide, {"positions": code, "K": most}), ["accuracy_ic"]).points[0]
+    point = change_points.emergence(claims.rows(wide, {"positions": code, "K": most}), ["accuracy_above_copying"], direction="up").points[0]
     steps[code] = {"step": point.at.value, "low": point.at.low, "high": point.at.high, "seeds that change": point.n_changed, "level after": point.after}
 pd.DataFrame(steps).T.round(2)""",
     """
@@ -258,7 +262,7 @@ One layer cannot do it: a label must first learn what stands before it. Here is 
 most = int(one["K"].max())
 names = ["accuracy_ic", "accuracy_iw", "cla_ic", "ph1_0.0", "ila_0.0", "ih_1.0"]
 shown = claims.rows(deep, {"n_layers": 2, "K": most})
-grown = change_points.emergence(shown, names, least=0.02)
+grown = change_points.emergence(shown, names, least=0.02, direction="up")
 print(grown.verdict)
 plot(bands.seed_bands(shown, names, setting=f"2 layers, K = {most}", n=512), changes=grown)""",
     """

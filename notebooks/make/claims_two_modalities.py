@@ -38,7 +38,7 @@ Right after the first stage the decoder can do it with modality 1 alone. The gro
 k2 = int(sorted(both["K2"].unique())[1])
 one = claims.rows(both, {"K2": k2, "start": "after a first stage"})
 names = ["accuracy_ic", "accuracy_iw", "cla_ic", "ph1_0.0", "ph2_0.0", "ila_0.0", "ila2_0.0", "ih_1.0"]
-plot(bands.seed_bands(one, names, setting=f"K2 = {k2} after a first stage", n=512), changes=change_points.emergence(one, names, least=0.02))""",
+plot(bands.seed_bands(one, names, setting=f"K2 = {k2} after a first stage", n=512), changes=change_points.emergence(one, names, least=0.02, direction="up"))""",
     """
 ## Measure: which modality may be poor?
 
