@@ -47,3 +47,12 @@ def test_rooms_on_the_map_are_the_rooms_of_the_architecture_test() -> None:
     block = next(b for b in re.findall(r"```text\n(.*?)```", TEXT, flags=re.DOTALL) if "mechicl/" in b)
     for name in FLOORS:
         assert re.search(rf"\b{name}(\.py|/)", block), name
+
+
+def test_the_python_of_the_toys_page_runs() -> None:
+    text = (ROOT / "docs" / "toys.md").read_text()
+    space: dict[str, object] = {}
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+            exec(compile(block, "toys.md", "exec"), space)
+    assert "accuracy_ic" in out.getvalue()
