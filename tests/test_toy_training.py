@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from mechicl.cli import app
 from mechicl.data.gaussian import UnimodalTask, layout
-from mechicl.errors import CheckpointError, NotFiniteError, OptionError, OutputPathError
+from mechicl.errors import CheckpointError, DeviceError, NotFiniteError, OptionError, OutputPathError
 from mechicl.training import toy
 from mechicl.training.toy import load_toy, met, series, train_toy
 from mechicl.training.toy_build import build, encoder_batch, part_of, train_encoder
@@ -474,6 +474,8 @@ def test_a_start_that_does_not_fit_is_refused(stage_one: Path, tmp_path: Path) -
         build(set_fields(made, {"n_layers": 3}))
     with pytest.raises(CheckpointError, match="folder must be a toy run's"):
         build(set_fields(made, {"start": str(tmp_path)}))
+    with pytest.raises(DeviceError, match="device must"):
+        train_toy(tiny(), device="nowhere", progress=False)
     with pytest.raises(OptionError, match="freeze must leave something"):
         build(set_fields(made, {"freeze": ("decoder", "projector")}))
 

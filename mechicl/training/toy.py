@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 
 from mechicl.errors import NotFiniteError, OptionError
+from mechicl.models.load import check_device
 from mechicl.models.toy import ToyTransformer
 from mechicl.results import Provenance, Series
 from mechicl.training.batched import Alone, Batched, Trainees
@@ -95,12 +96,13 @@ def train_toy(
         progress: Show a bar with live accuracies.
         threads: CPU threads while training; None leaves torch's setting.
         device: Where to train; None is the CPU.
-        compile: Through torch.compile: needs a C++ compiler on a CPU, takes half a minute to start, and changes the last bits of the numbers.
+        compile: Through torch.compile: needs a C++ compiler on a CPU, takes half a minute or more to start, and changes the last bits of the numbers.
 
     Raises:
         OptionError: a recipe whose parts do not fit together.
         OutputPathError: `out` cannot be written, is not empty, or the disk is full.
         CheckpointError: the run in `out` had another recipe, or a checkpoint is damaged.
+        DeviceError: this machine has no such device.
         NotFiniteError: the loss is no number any more.
     """
     (run,) = train_many(
@@ -135,7 +137,7 @@ def train_many(
 
     Raises:
         OptionError: recipes that cannot be trained together.
-        OutputPathError, CheckpointError: as in `train_toy`.
+        OutputPathError, CheckpointError, DeviceError: as in `train_toy`.
     """
     if not recipes:
         return []
@@ -143,6 +145,7 @@ def train_many(
         raise OptionError(
             "recipes must have the same shapes, optimizer and steps to be trained together; got several kinds. Group them by together_key."
         )
+    device = None if device is None else check_device(str(device))
     folders = _folders(out, len(recipes))
     with _threads(threads):
         members = [_prepare(one, folder, resume, device) for one, folder in zip(recipes, folders, strict=True)]
