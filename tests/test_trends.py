@@ -72,7 +72,7 @@ def test_a_planted_link_is_found_and_noise_is_not(kind: str) -> None:
 def test_seeds_of_few_settings_are_not_evidence_between_settings() -> None:
     """A measure and an outcome that both only know the setting: with 6 settings of 20 seeds the naive test is fooled, ours is right 95 times in 100."""
     naive, ours, covers = [], [], []
-    for seed in range(40):
+    for seed in range(30):
         rng = np.random.default_rng(seed)
         levels = rng.normal(size=(6, 2))
         group = np.repeat(np.arange(6), 20)
@@ -84,7 +84,7 @@ def test_seeds_of_few_settings_are_not_evidence_between_settings() -> None:
         ours.append(found.p["m"] < 0.05)
         covers.append(found.value["m"].low < 0 < found.value["m"].high)
     assert np.mean(naive) > 0.5
-    assert np.mean(ours) <= 0.15  # 0.05 plus three standard errors over 40 tables
+    assert np.mean(ours) <= 0.17  # 0.05 plus three standard errors over 30 tables
     assert np.mean(covers) > 0.65  # a bootstrap over 6 settings is narrow, the permutation test is what decides
 
 
@@ -119,19 +119,19 @@ def test_a_model_in_two_sweeps_counts_once() -> None:
 
 
 def test_the_forest_predicts_unseen_settings_and_its_control_does_not() -> None:
-    found = forest(table(), n_trees=30, n_repeats=2, n_shuffled=19)
+    found = forest(table(), n_trees=15, n_repeats=1, n_shuffled=19)
     assert found.r2.low > 0.6
     assert found.p == pytest.approx(0.05)
     assert found.shuffled.max() < 0.3
     best = found.to_frame()["measure"][0]
     assert best in ("ih_1.0", "cla_ic")
     assert found.importance["ph1_0.0"].value < 0.02
-    again = forest(table(), n_trees=30, n_repeats=2, n_shuffled=19)
+    again = forest(table(), n_trees=15, n_repeats=1, n_shuffled=19)
     assert again.r2.value == found.r2.value
 
 
 def test_the_forest_finds_nothing_where_nothing_is() -> None:
-    found = forest(table(link=0.0), n_trees=30, n_repeats=1, n_shuffled=19)
+    found = forest(table(link=0.0), n_trees=15, n_repeats=1, n_shuffled=19)
     assert found.r2.value < 0.2
     assert found.p > 0.05
 
