@@ -19,7 +19,6 @@ import pandas as pd
 import torch
 
 from mechicl.errors import NotFiniteError, OptionError
-from mechicl.models.load import check_device
 from mechicl.models.toy import ToyTransformer
 from mechicl.results import Provenance, Series
 from mechicl.training.batched import Alone, Batched, Trainees
@@ -145,7 +144,10 @@ def train_many(
         raise OptionError(
             "recipes must have the same shapes, optimizer and steps to be trained together; got several kinds. Group them by together_key."
         )
-    device = None if device is None else check_device(str(device))
+    if device is not None:
+        from mechicl.models.load import check_device  # brings the vision-language models along
+
+        device = check_device(str(device))
     folders = _folders(out, len(recipes))
     with _threads(threads):
         members = [_prepare(one, folder, resume, device) for one, folder in zip(recipes, folders, strict=True)]
