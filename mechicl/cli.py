@@ -282,7 +282,7 @@ def train_toy(
     stop: Annotated[str | None, typer.Option(help='Stop early, e.g. "accuracy_ic>=0.95".')] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; 1 gives the same bits every time.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads; 1 gives the same bits every time.")] = 1,
     device: Device = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Through torch.compile; needs a C++ compiler on a CPU.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe and stop.")] = False,

@@ -82,7 +82,7 @@ def train_toy(
     *,
     resume: bool = False,
     progress: bool = True,
-    threads: int | None = None,
+    threads: int | None = 1,
     device: str | torch.device | None = None,
     compile: bool = False,  # noqa: A002
 ) -> ToyRun:
@@ -93,7 +93,8 @@ def train_toy(
         out: The run's folder; None keeps everything in memory.
         resume: Continue the run in `out`, to the same bits as without the interruption (with one thread); a folder without a run is started.
         progress: Show a bar with live accuracies.
-        threads: CPU threads while training; None leaves torch's setting.
+        threads: CPU threads while training; None leaves torch's setting. One is the default: it gives the same bits every time, and with matrices this
+            small a second one gains little on an idle machine and costs several times as much on a busy one.
         device: Where to train; None is the CPU.
         compile: Through torch.compile: needs a C++ compiler on a CPU, takes half a minute or more to start, and changes the last bits of the numbers.
 
@@ -118,7 +119,7 @@ def train_many(
     out: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     resume: bool = False,
     progress: bool = True,
-    threads: int | None = None,
+    threads: int | None = 1,
     device: str | torch.device | None = None,
     compile: bool = False,  # noqa: A002
 ) -> list[ToyRun]:
