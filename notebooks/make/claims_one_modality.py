@@ -175,7 +175,7 @@ at.round(0)""",
 Without biases of queries and keys a model without any code of positions cannot prefer one place to another; and RoPE turns what little there is. Do biases change the order? Does the width?
 """,
     """>>>
-same = {"K": int(claims.rows(table, {"qkv_bias": True})["K"].iloc[0]), "n_places": 32}
+same = {"K": int(claims.rows(table, {"qkv_bias": True})["K"].min()), "n_places": 32}
 plot_sweep(claims.rows(table, same), "positions", "accuracy_ic", color="qkv_bias", title=f"With and without q/k/v biases, K = {same['K']}", levels=copying)""",
     """>>>
 narrow = claims.rows(table, {"n_places": 0})
