@@ -34,7 +34,7 @@ def gemma3(family: str, preset: Preset, text: Mapping[str, Any]) -> Parts:
     )
     tiny = preset == "tiny"
     kinds = {"s": "sliding_attention", "f": "full_attention"}
-    layers = [kinds[kind] for kind in ("ssfs" if tiny else "sff")]
+    layers = [kinds[kind] for kind in ("ssfs" if tiny else "ssf")]
     d_head = 24 if tiny else size.d_head
     language = size.text(
         tokenizer,

@@ -1,0 +1,40 @@
+"""What an analysis returns: frozen numbers with axes, units, intervals, controls and provenance.
+
+Nothing here computes; nothing here holds a model, a figure or a file handle. Arrays are numpy, on the CPU, float64.
+"""
+
+from mechicl.results.answers import Ablation, AblationCell, DoseCurve, ICLAccuracy
+from mechicl.results.base import Estimate, Head, Provenance, Skipped
+from mechicl.results.heads import HeadScores, PromptView, RoleAttention, Score
+from mechicl.results.nodes import Edge, Receiver, Sender
+from mechicl.results.study import HeadSet, Series, Study
+from mechicl.results.trainings import Bands, ChangePoint, Claim, Correlations, Emergence, Forest, KnockOut, KnockOutTable
+
+__all__ = [
+    "Ablation",
+    "AblationCell",
+    "Bands",
+    "ChangePoint",
+    "Claim",
+    "Correlations",
+    "DoseCurve",
+    "Edge",
+    "Emergence",
+    "Estimate",
+    "Forest",
+    "Head",
+    "HeadScores",
+    "HeadSet",
+    "ICLAccuracy",
+    "KnockOut",
+    "KnockOutTable",
+    "PromptView",
+    "Provenance",
+    "Receiver",
+    "RoleAttention",
+    "Score",
+    "Sender",
+    "Series",
+    "Skipped",
+    "Study",
+]

@@ -1,0 +1,84 @@
+"""The whole story of one model, and its measures along training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from mechicl.results.answers import Ablation, DoseCurve, ICLAccuracy
+from mechicl.results.base import Estimate, Head, Provenance
+from mechicl.results.heads import HeadScores, PromptView, RoleAttention, Score
+
+
+@dataclass(frozen=True, eq=False)
+class Series:
+    """Measures along training: `values[name]` [step], on the steps `steps`, same probe episodes throughout.
+
+    `low`, `high`: 95 % interval over episodes where known, else empty.
+    """
+
+    steps: np.ndarray
+    values: Mapping[str, np.ndarray]
+    low: Mapping[str, np.ndarray]
+    high: Mapping[str, np.ndarray]
+    unit: str
+    n: int
+    provenance: Provenance
+    stages: tuple[tuple[int, str], ...] = ()
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per (measure, step)."""
+        rows = []
+        for name, values in self.values.items():
+            low, high = self.low.get(name), self.high.get(name)
+            for i, step in enumerate(self.steps):
+                rows.append(
+                    {"measure": name, "step": int(step), "value": values[i], "low": None if low is None else low[i],
+                     "high": None if high is None else high[i]}
+                )  # fmt: skip
+        return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadSet:
+    """Heads found by one rule on one half of the episodes, and what switching them off does on the other half.
+
+    `found`: their scores passed the rule. `ablation` is None when no head did; `verdict` says in words what may be claimed.
+    `finding`: a word of `mechicl.analysis.verdict.FINDINGS`, or "none" where no head passed.
+    """
+
+    kind: str
+    score: str
+    rule: str
+    heads: tuple[Head, ...]
+    finding: str
+    verdict: str
+    ablation: Ablation | None = None
+    dose: DoseCurve | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """The whole story of one model on one task: does it learn from the examples, which heads do it, and what happens without them.
+
+    Heads are ranked on `n_find` episodes (`scores`) and everything else is measured on `n_prove` other episodes, `replication` being the same scores
+    there. `controls`: accuracies of the intact model under a control, by name. `growth`: the same heads along training, where it was logged. `effects`: what each head is
+    worth when it is switched off alone, in nats of margin, on the episodes that serve to find heads.
+    """
+
+    scores: HeadScores
+    replication: HeadScores
+    accuracy: ICLAccuracy
+    controls: Mapping[str, Estimate]
+    sets: tuple[HeadSet, ...]
+    roles: RoleAttention
+    prompts: tuple[PromptView, ...]
+    growth: Series | None
+    n_find: int
+    n_prove: int
+    provenance: Provenance
+    notes: tuple[str, ...] = ()
+    effects: Score | None = None
