@@ -7,6 +7,7 @@ from mechicl.results.answers import Ablation, AblationCell, DoseCurve, ICLAccura
 from mechicl.results.base import Estimate, Head, Provenance, Skipped
 from mechicl.results.heads import HeadScores, PromptView, RoleAttention, Score
 from mechicl.results.nodes import Edge, Receiver, Sender
+from mechicl.results.paths import PathEffects, SpanKnockOut, SpanKnockOuts
 from mechicl.results.study import HeadSet, Series, Study
 from mechicl.results.trainings import Bands, ChangePoint, Claim, Correlations, Emergence, Forest, KnockOut, KnockOutTable
 
@@ -28,6 +29,7 @@ __all__ = [
     "ICLAccuracy",
     "KnockOut",
     "KnockOutTable",
+    "PathEffects",
     "PromptView",
     "Provenance",
     "Receiver",
@@ -36,5 +38,7 @@ __all__ = [
     "Sender",
     "Series",
     "Skipped",
+    "SpanKnockOut",
+    "SpanKnockOuts",
     "Study",
 ]
