@@ -27,7 +27,7 @@ OWNERS = {
     "sklearn": {"data/digits.py", "analysis/trends.py"},
     "ruptures": {"analysis/change_points.py"},
     "statsmodels": {"analysis/statistics.py"},
-    "typer": {"cli.py"},
+    "typer": {f"cli/{name}.py" for name in ("app", "heads", "options", "patch", "report", "sweep", "train")},
     "ray": {"training/sweep_ray.py"},
 }
 TRANSFORMERS = ("models/", "prompts/render.py", "prompts/patches.py", "training/")

@@ -1,0 +1,27 @@
+"""The command line. Every command imports what it needs when it runs, so that `mechicl --help` is quick.
+
+    mechicl report --model demo --task concepts --out report.html
+    mechicl heads --model demo
+    mechicl ablate --model demo --top 4 --by induction
+    mechicl doctor Qwen/Qwen2.5-VL-3B-Instruct
+    mechicl train vlm --family qwen2_5_vl --out runs/organism
+    mechicl sweep spec.toml --out runs/sweep --workers 2
+
+What can be refused is refused before a model is loaded. Numbers go to stdout, everything else to stderr; a mistake is one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+from mechicl.cli import heads, report, sweep, train
+from mechicl.cli.app import app, training
+from mechicl.cli.heads import parse_heads
+
+__all__ = ["app", "parse_heads"]
+
+app.command()(report.report)
+app.command()(heads.heads)
+app.command()(heads.ablate)
+app.command()(heads.doctor)
+training.command("vlm")(train.train_vlm)
+training.command("toy")(train.train_toy)
+app.command()(sweep.sweep)

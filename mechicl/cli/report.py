@@ -1,0 +1,89 @@
+"""`mechicl report`: the whole story on one page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mechicl.cli.options import (
+    BatchSize,
+    Classes,
+    Device,
+    Dtype,
+    Episodes,
+    Model,
+    Off,
+    Quiet,
+    Revision,
+    Seed,
+    Shots,
+    Size,
+    TaskName,
+    Trust,
+    draw_episodes,
+    load_model,
+    task_name,
+)
+
+
+def report(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file to write.")],
+    model: Model = "demo",
+    task: TaskName = "concepts",
+    episodes: Episodes = 64,
+    classes: Classes = 4,
+    shots: Shots = 2,
+    size: Size = 56,
+    seed: Seed = 0,
+    how: Off = "mean",
+    threshold: Annotated[float, typer.Option(min=0.0, max=0.99, help="Least score of a head that is switched off.")] = 0.1,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    batch_size: BatchSize = 8,
+    quiet: Quiet = False,
+) -> None:
+    """Find the heads, prove them, and write one HTML page that opens with no network."""
+    from mechicl.views.report import ReportContent, check_writable, write_report
+
+    target = check_writable(out)
+    few = draw_episodes(task, episodes, classes, shots, size, seed, least=8)
+    loaded = load_model(model, device, dtype, revision, trust_remote_code, quiet)
+    from mechicl.analysis.study import find_and_prove
+
+    study = find_and_prove(
+        loaded,
+        few,
+        how=how,
+        threshold=threshold,
+        seed=seed,
+        batch_size=batch_size,
+        task=task_name(task, classes, shots),
+        growth=_growth(model),
+        progress=not quiet,
+    )
+    command = f"mechicl report --model {model} --task {task} --episodes {episodes} --classes {classes} --shots {shots} --size {size} --seed {seed} --how {how} --out {out.name}"
+    written = write_report(target, ReportContent(study, command=command))
+    from mechicl.views.story import headline
+
+    typer.echo(headline(study))
+    typer.echo(f"Written to {written} ({written.stat().st_size / 1e6:.1f} MB).", err=True)
+
+
+def _growth(name: str) -> Any:
+    """The training curve that lies beside a model trained here; None for any other model."""
+    from mechicl.errors import CheckpointError
+    from mechicl.models.load import demo_folder
+    from mechicl.training.growth import read_growth
+
+    folder = demo_folder() if name == "demo" else Path(name).expanduser()
+    for place in (folder, folder.parent):
+        if (place / "growth.json").is_file():
+            try:
+                return read_growth(place)
+            except CheckpointError as error:
+                typer.echo(f"No growth plot: {error}", err=True)
+    return None
