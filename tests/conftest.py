@@ -11,10 +11,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -27,6 +29,21 @@ torch.set_num_threads(1)
 SIZES = ((56, 56), (90, 60), (60, 84), (112, 56))
 """Width and height of the example pictures, in pixels: no two neighbours alike, square and not."""
 LABELS = ("zuda", "kimo", "tepa", "voruli")
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """As a user runs it: annotations are not checked, so that a refusal of mechicl's own is met."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def gen(seed: int = 0) -> torch.Generator:
+    """A seeded generator."""
+    return torch.Generator().manual_seed(seed)
 
 
 def picture(width: int = 56, height: int = 56, *, seed: int = 0) -> Image.Image:
@@ -100,6 +117,13 @@ def organism() -> Callable[..., tuple[Any, Any]]:
         return cached(family, preset, seed)
 
     return get
+
+
+@pytest.fixture
+def untyped() -> Iterator[None]:
+    """`unchecked` for a whole test."""
+    with unchecked():
+        yield
 
 
 @pytest.fixture(params=FAMILIES)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
+from conftest import gen, unchecked
 from PIL import Image
 from scipy import stats
 
@@ -20,20 +18,6 @@ from mechicl.data.banks import ImageBank, concept_bank, digit_bank, register
 from mechicl.data.gaussian import MultimodalTask, draw, draw_second, second_shape, world
 from mechicl.data.omniglot import check_omniglot, omniglot_bank
 from mechicl.errors import ImageError, OptionError
-
-
-@contextmanager
-def unchecked() -> Iterator[None]:
-    """As a user runs it: annotations are not checked."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-
-
-def gen(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def noisy_bank(k: int = 4, m: int = 5, shift: int = 2, **options: Any) -> ImageBank:

@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-import jaxtyping
 import numpy as np
 import pytest
+from conftest import unchecked
 from PIL import Image
 
 from mechicl.data import concepts, digits, looks
 from mechicl.data.words import SYLLABLES, pseudo_words
 from mechicl.errors import OptionError
 from mechicl.prompts.episode import Episode, check_episodes
-
-
-@contextmanager
-def unchecked() -> Iterator[None]:
-    """As a user runs it: annotations are not checked."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def pixels(episode: Episode) -> np.ndarray:

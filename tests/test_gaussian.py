@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
+from conftest import gen, unchecked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -36,20 +34,6 @@ from mechicl.errors import OptionError
 
 P = 1e-4
 """Seeds are fixed: a right sampler passes each test once and for all unless it is among the worst in ten thousand."""
-
-
-@contextmanager
-def unchecked() -> Iterator[None]:
-    """As a user runs it: annotations are not checked."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-
-
-def gen(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def fits(counts: Any, expected: Any) -> float:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
+from conftest import unchecked
 from PIL import Image
 
 from mechicl.errors import OptionError
@@ -20,16 +19,6 @@ from mechicl.prompts.render import Renderer
 from mechicl.prompts.spans import NO_SHOT, QUERY, Span, runs
 
 Organism = Callable[..., tuple[Any, Any]]
-
-
-@contextmanager
-def unchecked() -> Iterator[None]:
-    """As a user runs it: annotations are not checked."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def picture(seed: int, width: int = 56, height: int = 56) -> Image.Image:

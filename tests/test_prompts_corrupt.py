@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
+from conftest import unchecked
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,16 +19,6 @@ from mechicl.prompts.episode import Episode, Shot
 from mechicl.prompts.render import Renderer
 
 Organism = Callable[..., tuple[Any, Any]]
-
-
-@contextmanager
-def unchecked() -> Iterator[None]:
-    """As a user runs it: annotations are not checked."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def words(labels: str, answer: str) -> Episode:

@@ -1,8 +1,5 @@
 """Correlations and the forest over models: planted links are found, unlinked ones are not, seeds of one setting are not evidence between settings."""
 
-from collections.abc import Iterator
-
-import jaxtyping
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,16 +8,6 @@ from scipy import stats
 from mechicl.analysis.bands import over_runs
 from mechicl.analysis.trends import correlations, forest, models
 from mechicl.errors import OptionError
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Types are checked in tests only: what a user without the checker meets."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def table(n_settings: int = 24, n_seeds: int = 3, seed: int = 0, link: float = 1.0) -> pd.DataFrame:
@@ -136,7 +123,8 @@ def test_the_forest_finds_nothing_where_nothing_is() -> None:
     assert found.p > 0.05
 
 
-def test_refusals(unchecked: None) -> None:
+@pytest.mark.usefixtures("untyped")
+def test_refusals() -> None:
     rows = table(6, 2)
     with pytest.raises(OptionError, match="it lacks 'accuracy'"):
         correlations(rows, "accuracy")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
+from conftest import unchecked
 
 from mechicl import ablate, icl_accuracy, score_heads
 from mechicl.data.gaussian import Draw, MultimodalTask, Task, UnimodalTask, chance, draw, draw_many, second_shape, world
@@ -24,16 +22,6 @@ from mechicl.prompts.vectors import VectorEpisode, VectorRenderer, VectorShot, e
 
 ONE = UnimodalTask(K=64, L=8, N=6, D=64, B=2, no_repeats=True)
 TWO = MultimodalTask(K1=64, K2=16, L=8, N=6, D1=64, D2=12, B=2, no_repeats=True)
-
-
-@contextmanager
-def unchecked() -> Iterator[None]:
-    """As a user runs it: annotations are not checked."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def drawn_of(task: Task, n: int = 12, split: Any = "ic", seed: int = 0) -> Draw:
