@@ -5,6 +5,16 @@ Nothing here computes; nothing here holds a model, a figure or a file handle. Ar
 
 from mechicl.results.answers import Ablation, AblationCell, DoseCurve, ICLAccuracy
 from mechicl.results.base import Estimate, Head, Provenance, Skipped
+from mechicl.results.circuits import (
+    Circuit,
+    CircuitBenchmark,
+    CircuitCurve,
+    CircuitNode,
+    CircuitOverlap,
+    EdgeLoss,
+    KindOverlap,
+    MethodRecovery,
+)
 from mechicl.results.heads import HeadScores, PromptView, RoleAttention, Score
 from mechicl.results.nodes import Edge, Receiver, Sender
 from mechicl.results.paths import PathEffects, SpanKnockOut, SpanKnockOuts
@@ -16,10 +26,16 @@ __all__ = [
     "AblationCell",
     "Bands",
     "ChangePoint",
+    "Circuit",
+    "CircuitBenchmark",
+    "CircuitCurve",
+    "CircuitNode",
+    "CircuitOverlap",
     "Claim",
     "Correlations",
     "DoseCurve",
     "Edge",
+    "EdgeLoss",
     "Emergence",
     "Estimate",
     "Forest",
@@ -27,8 +43,10 @@ __all__ = [
     "HeadScores",
     "HeadSet",
     "ICLAccuracy",
+    "KindOverlap",
     "KnockOut",
     "KnockOutTable",
+    "MethodRecovery",
     "PathEffects",
     "PromptView",
     "Provenance",
