@@ -4,6 +4,7 @@ Nothing here computes; nothing here holds a model, a figure or a file handle. Ar
 """
 
 from mechicl.results.answers import Ablation, AblationCell, DoseCurve, ICLAccuracy
+from mechicl.results.attribution import Agreement, Attribution, EdgeScores, FunctionVector, HeadOverlap, VectorEffect
 from mechicl.results.base import Estimate, Head, Provenance, Skipped
 from mechicl.results.circuits import (
     Circuit,
@@ -24,6 +25,8 @@ from mechicl.results.trainings import Bands, ChangePoint, Claim, Correlations, E
 __all__ = [
     "Ablation",
     "AblationCell",
+    "Agreement",
+    "Attribution",
     "Bands",
     "ChangePoint",
     "Circuit",
@@ -36,10 +39,13 @@ __all__ = [
     "DoseCurve",
     "Edge",
     "EdgeLoss",
+    "EdgeScores",
     "Emergence",
     "Estimate",
     "Forest",
+    "FunctionVector",
     "Head",
+    "HeadOverlap",
     "HeadScores",
     "HeadSet",
     "ICLAccuracy",
@@ -59,4 +65,5 @@ __all__ = [
     "SpanKnockOut",
     "SpanKnockOuts",
     "Study",
+    "VectorEffect",
 ]
