@@ -19,6 +19,7 @@ from mechicl.results.circuits import (
 from mechicl.results.heads import HeadScores, PromptView, RoleAttention, Score
 from mechicl.results.nodes import Edge, Receiver, Sender
 from mechicl.results.paths import PathEffects, SpanKnockOut, SpanKnockOuts
+from mechicl.results.readout import Copying, HeadCircuits, LogitAttribution, LogitLens, PromptLens, QKMatch
 from mechicl.results.study import HeadSet, Series, Study
 from mechicl.results.trainings import Bands, ChangePoint, Claim, Correlations, Emergence, Forest, KnockOut, KnockOutTable
 
@@ -35,6 +36,7 @@ __all__ = [
     "CircuitNode",
     "CircuitOverlap",
     "Claim",
+    "Copying",
     "Correlations",
     "DoseCurve",
     "Edge",
@@ -45,6 +47,7 @@ __all__ = [
     "Forest",
     "FunctionVector",
     "Head",
+    "HeadCircuits",
     "HeadOverlap",
     "HeadScores",
     "HeadSet",
@@ -52,10 +55,14 @@ __all__ = [
     "KindOverlap",
     "KnockOut",
     "KnockOutTable",
+    "LogitAttribution",
+    "LogitLens",
     "MethodRecovery",
     "PathEffects",
+    "PromptLens",
     "PromptView",
     "Provenance",
+    "QKMatch",
     "Receiver",
     "RoleAttention",
     "Score",
