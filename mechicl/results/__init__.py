@@ -18,6 +18,7 @@ from mechicl.results.circuits import (
 )
 from mechicl.results.heads import HeadScores, PromptView, RoleAttention, Score
 from mechicl.results.nodes import Edge, Receiver, Sender
+from mechicl.results.patching import PatchCost, PatchEffects, SiteEffects, Transplant, TransplantRow
 from mechicl.results.paths import PathEffects, SpanKnockOut, SpanKnockOuts
 from mechicl.results.readout import Copying, HeadCircuits, LogitAttribution, LogitLens, PromptLens, QKMatch
 from mechicl.results.study import HeadSet, Series, Study
@@ -58,6 +59,8 @@ __all__ = [
     "LogitAttribution",
     "LogitLens",
     "MethodRecovery",
+    "PatchCost",
+    "PatchEffects",
     "PathEffects",
     "PromptLens",
     "PromptView",
@@ -68,9 +71,12 @@ __all__ = [
     "Score",
     "Sender",
     "Series",
+    "SiteEffects",
     "Skipped",
     "SpanKnockOut",
     "SpanKnockOuts",
     "Study",
+    "Transplant",
+    "TransplantRow",
     "VectorEffect",
 ]
