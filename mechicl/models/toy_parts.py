@@ -78,6 +78,13 @@ class ToyAttention(nn.Module):
     def forward(self, x: Float[Tensor, "batch pos d_model"], at: Setting) -> tuple[Tensor, Tensor]:
         """Output [batch, pos, d_model] and the pattern [batch, head, dest, src]."""
         q, k, v = self.hook_q(self._project(x, "Q")), self.hook_k(self._project(x, "K")), self.hook_v(self._project(x, "V"))
+        z, pattern = self.attend(q, k, v, at)
+        return torch.einsum("bqhd,hdm->bqm", z, self.W_O), pattern
+
+    def attend(
+        self, q: Float[Tensor, "batch pos head d_head"], k: Float[Tensor, "batch pos head d_head"], v: Tensor, at: Setting
+    ) -> tuple[Tensor, Tensor]:
+        """The heads' outputs z [batch, pos, head, d_head] and the pattern, from queries and keys before RoPE."""
         if self.cfg.rotary:
             q, k = self.hook_rot_q(self._turn(q, at)), self.hook_rot_k(self._turn(k, at))
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * self.cfg.score_scale
@@ -85,8 +92,7 @@ class ToyAttention(nn.Module):
             scores = scores + at.bias
         scores = self.hook_attn_scores(scores.masked_fill(~at.allowed, -math.inf))
         pattern = self.hook_pattern(scores.softmax(-1))
-        z = self.hook_z(torch.einsum("bhqk,bkhd->bqhd", pattern, v))
-        return torch.einsum("bqhd,hdm->bqm", z, self.W_O), pattern
+        return self.hook_z(torch.einsum("bhqk,bkhd->bqhd", pattern, v)), pattern
 
     def _project(self, x: Tensor, letter: str) -> Float[Tensor, "batch n head d_head"]:
         weight: Tensor = getattr(self, f"W_{letter}")
