@@ -308,6 +308,9 @@ def test_a_stripped_prompt_keeps_pictures_labels_and_the_end_of_a_label() -> Non
     lean = strip_template(Skeleton(glue, (("label", 0), ("label", 1))), image_id=7)
     assert lean.glue == ((7, 7), (4, 7), (4,))
     assert lean.slots == (("label", 0), ("label", 1))
+    partly = strip_template(Skeleton(glue, (("label", 0), ("label", 1))), image_id=7, kept=2)
+    assert partly.glue == ((1, 2, 7, 7, 9, 5), (4, 9, 2, 7, 3, 5), (4,))  # so much before each picture and each label
+    assert strip_template(Skeleton(glue, (("label", 0), ("label", 1))), image_id=7, kept=99).glue == glue
 
 
 def test_head_scores_agree_with_attention_read_by_hand() -> None:

@@ -31,7 +31,8 @@ class Shape:
     """What episodes of a training batch have in common.
 
     `size`: side of the pictures in pixels, 0 for items without a picture. `words`: items carry a word. Counts `n_classes`, `n_shots` (per class).
-    `lean`: without the chat template, three times as many pictures for the same tokens (see `strip_template`).
+    `lean`: without the chat template, three times as many pictures for the same tokens; `kept`: but for so many of its tokens before each picture and
+    each label (see `strip_template`).
     """
 
     n_classes: int
@@ -41,6 +42,7 @@ class Shape:
     instruction: str = ""
     question: str = ""
     lean: bool = False
+    kept: int = 0
 
     @property
     def n_items(self) -> int:
@@ -127,18 +129,27 @@ def compile_skeleton(renderer: Renders, shape: Shape, closing: Tokens | None = N
     return Skeleton((*glue, tuple(closing)), tuple(slots))
 
 
-def strip_template(skeleton: Skeleton, image_id: int) -> Skeleton:
+def strip_template(skeleton: Skeleton, image_id: int, kept: int = 0) -> Skeleton:
     """A prompt without its chat template: item, label, what ends a label, item, label, ...
 
     A label directly behind its item is where the circuit of repeated sequences (look at the token before; look for an equal one) already works, so
-    this is where a model learns to use it for pictures. Never what a user's prompt looks like.
+    this is where a model learns to use it for pictures. Never what a user's prompt looks like. `kept`: how many of the template's tokens stay before each
+    picture and before each label, so that the way between the two can grow.
     """
     closing = skeleton.glue[-1]
     pieces: list[Tokens] = []
     for k, piece in enumerate(skeleton.glue[:-1]):
         behind_label = k > 0 and skeleton.slots[k - 1][0] == "label"
-        pieces.append((closing if behind_label else ()) + tuple(token for token in piece if token == image_id))
+        pieces.append((closing if behind_label else ()) + _sparse(piece[len(closing) if behind_label else 0 :], image_id, kept))
     return Skeleton((*pieces, closing), skeleton.slots)
+
+
+def _sparse(piece: Tokens, image_id: int, kept: int) -> Tokens:
+    """A piece's picture tokens, and the last `kept` of the others before the picture and behind it."""
+    at = [i for i, token in enumerate(piece) if token == image_id]
+    first, behind = (at[0], at[-1] + 1) if at else (0, 0)
+    stays = {*at, *range(max(0, first - kept), first), *range(max(behind, len(piece) - kept), len(piece))}
+    return tuple(token for i, token in enumerate(piece) if i in stays)
 
 
 def assemble(

@@ -117,14 +117,16 @@ def demo(wide: int = 1900) -> Plan:
 def quick(settle: int = 400) -> Plan:
     """Minutes: an organism that names pictures of one size in prompts of its chat template, for studies across families.
 
-    Families differ in how long they need: the template's stage ends where its probe is answered, and only then does the step size fall.
+    Families differ in how long they need: the template's stage ends where its probe is answered, and only then does the step size fall. In some of its
+    prompts only a part of the template stands between picture and label: where all of it came at once, Gemma 3's long one was not learnt.
     """
     long = demo()
     few = Choice(0.1, n_classes=(2, 4), n_shots=(2,), sizes=(0,), instructed=0.5, lean=0.3)
     bare = Choice(0.3, n_classes=(3, 4, 5), n_shots=(2, 3), sizes=(28,), glyphs=0.3, lean=1.0)
     asked = Choice(0.6, n_classes=(3, 4, 5), n_shots=(2, 3), sizes=(28,), glyphs=0.3, instructed=0.7)
+    partly = replace(bare, weight=0.4, kept=(1, 2, 4, 7, 11))
     last = (
-        Stage("template", (few, bare, asked), PICTURES, 0.85, 2500),
+        Stage("template", (few, bare, partly, replace(asked, weight=0.3)), PICTURES, 0.85, 2500),
         Stage("settling", (few, bare, asked), PICTURES, 1.1, settle, decay=True, every=100),
     )
     return replace(long, stages=(*long.stages[:3], *last), growth_points=12)

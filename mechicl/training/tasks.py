@@ -53,7 +53,7 @@ class Choice:
 
     `kind`: "repeat" (a random sequence twice) or "episode". `sizes`: sides of pictures in pixels, 0 for words alone. `words`: whether items carry
     a word. `glyphs`: share of episodes whose pictures are pen strokes, the others are concepts. `instructed`: share of steps with an instruction
-    and a question. `lean`: share of steps without the chat template.
+    and a question. `lean`: share of steps without the chat template; `kept`: or with so much of it.
     """
 
     weight: float
@@ -65,6 +65,7 @@ class Choice:
     glyphs: float = 0.5
     instructed: float = 0.0
     lean: float = 0.0
+    kept: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +119,7 @@ class Bench:
         """The shape's skeleton, rendered the first time it is asked for."""
         if shape not in self.skeletons:
             skeleton = compile_skeleton(self.renderer, shape)
-            self.skeletons[shape] = strip_template(skeleton, image_token(self.model.config)) if shape.lean else skeleton
+            self.skeletons[shape] = strip_template(skeleton, image_token(self.model.config), shape.kept) if shape.lean else skeleton
         return self.skeletons[shape]
 
     def work(self, choices: Sequence[Choice], step: int) -> Work:
@@ -183,6 +184,7 @@ def draw_shape(choice: Choice, rng: random.Random) -> Shape:
         instruction=rng.choice(INSTRUCTIONS) if told else "",
         question=rng.choice(QUESTIONS) if told and rng.random() < 0.7 else "",
         lean=lean,
+        kept=rng.choice(choice.kept) if lean and choice.kept else 0,
     )
 
 
