@@ -49,6 +49,7 @@ def slopes(
     *,
     positions: Any = "last",
     edits: Mapping[str, Edit] | None = None,
+    also: Sequence[str] = (),
 ) -> Slopes:
     """Gradients of a metric at hook points.
 
@@ -59,17 +60,20 @@ def slopes(
         measure: Logits [batch, n, vocab] at `positions` -> the metric of each prompt [batch].
         positions: As the model takes them.
         edits: Hook name -> what to put in its place; gradients are taken at the edited value.
+        also: Hook points whose values are wanted too, without gradients.
 
     Raises:
         HookNameError: a name does not exist.
         HookNotFiredError: a named hook was never reached.
         NotFiniteError: the metric or a gradient is NaN or infinite.
     """
-    edits, kept = dict(edits or {}), {}
+    edits, kept, seen = dict(edits or {}), {}, {}
 
     def keep(x: Tensor, *, hook: Any) -> Tensor:
         name = str(hook.name)
         x = edits[name](x) if name in edits else x
+        if name in watched:
+            seen[name] = x.detach()
         if name not in wanted:
             return x
         if not x.requires_grad:  # the first hook point on its way: the graph begins here
@@ -77,8 +81,8 @@ def slopes(
         kept[name] = x
         return x.clone()  # what comes later may write into its input, and must not write into what is kept
 
-    wanted = set(names)
-    with frozen(model), torch.enable_grad(), model.hooks(fwd_hooks=[(name, keep) for name in dict.fromkeys((*names, *edits))]):
+    wanted, watched = set(names), set(also)
+    with frozen(model), torch.enable_grad(), model.hooks(fwd_hooks=[(name, keep) for name in dict.fromkeys((*names, *edits, *also))]):
         metric = measure(model(batch, positions=positions).float())
         found: Sequence[Tensor | None] = [None] * len(names)
         if metric.requires_grad:
@@ -89,7 +93,7 @@ def slopes(
         raise NotFiniteError(
             f"the metric and its gradients must be finite; got NaN or infinity at {bad[0] if bad else 'the metric'}. Use float32 or bfloat16, and check the weights."
         )
-    return Slopes({name: kept[name].detach() for name in names}, gradients, metric.detach())
+    return Slopes({**seen, **{name: kept[name].detach() for name in names}}, gradients, metric.detach())
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import pandas as pd
 
 from mechicl.results.base import Estimate, Head, Provenance, Skipped
 from mechicl.results.nodes import Edge, Receiver, Sender, feeds
+from mechicl.results.patching import Direction, SiteEffects
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,16 +63,16 @@ class Attribution:
     `agreement`: always read it; None only when asked for none.
     """
 
-    sites: Mapping[str, Any]
+    sites: Mapping[str, SiteEffects]
     method: str
     steps: int
     path: str
-    direction: str
+    direction: Direction
     metric: str
     unit: str
     clean: np.ndarray
     corrupt: np.ndarray
-    correction: str
+    correction: Literal["holm", "fdr_bh"]
     pairs: str
     agreement: Agreement | None
     n: int
@@ -79,25 +80,34 @@ class Attribution:
     provenance: Provenance
     notes: tuple[str, ...] = ()
 
-    def __getitem__(self, site: str) -> Any:
+    def __getitem__(self, site: str) -> SiteEffects:
         return self.sites[site]
 
+    @property
+    def start(self) -> np.ndarray:
+        """The metric of the run at which gradients were taken, [batch]."""
+        return self.corrupt if self.direction == "denoise" else self.clean
+
+    def change(self, site: str) -> np.ndarray:
+        """Share of the gap that each cell moves, away from the start run: `value` when denoising, 1 - `value` when noising."""
+        return self.sites[site].value if self.direction == "denoise" else 1 - self.sites[site].value
+
     def top(self, site: str, k: int = 5) -> list[tuple[Any, ...]]:
-        """Labels of the k cells of a site that move the metric most, in either direction, best first."""
-        found = self.sites[site]
-        moved = np.abs(found.value - (0.0 if self.direction == "denoise" else 1.0))
-        order = [int(i) for i in np.argsort(-np.nan_to_num(moved.ravel(), nan=-1.0), kind="stable") if not np.isnan(moved.ravel()[i])]
-        cells = [np.unravel_index(i, moved.shape) for i in order[:k]]
-        return [tuple(found.coords[axis][int(i)] for axis, i in zip(found.axes, cell, strict=True)) for cell in cells]
+        """Labels of the k cells that move the run furthest towards the other run, first the furthest; NaN cells never appear."""
+        found, moved = self.sites[site], self.change(site)
+        order = [int(i) for i in np.argsort(-np.nan_to_num(moved.ravel(), nan=-np.inf), kind="stable") if not np.isnan(moved.ravel()[i])]
+        cells = [tuple(int(j) for j in np.unravel_index(i, moved.shape)) for i in order[:k]]
+        return [tuple(found.labels(cell).values()) for cell in cells]
 
     def to_frame(self) -> pd.DataFrame:
         """One row per (site, cell)."""
         rows = []
         for name, site in self.sites.items():
             for cell in np.ndindex(*site.value.shape):
-                where = {axis: site.coords[axis][i] for axis, i in zip(site.axes, cell, strict=True)}
+                if np.isnan(site.value[cell]):
+                    continue
                 numbers = {key: getattr(site, key)[cell] for key in ("value", "low", "high", "p", "p_corrected")}
-                rows.append({"site": name, **where, **numbers, "method": self.method, "direction": self.direction, "n": self.n})
+                rows.append({"site": name, **site.labels(cell), **numbers, "method": self.method, "direction": self.direction, "n": self.n})
         return pd.DataFrame(rows)
 
 
@@ -123,7 +133,7 @@ class EdgeScores:
     raw: np.ndarray
     metric: str
     unit: str
-    direction: str
+    direction: Direction
     clean: np.ndarray
     corrupt: np.ndarray
     steps: int
@@ -135,6 +145,11 @@ class EdgeScores:
     notes: tuple[str, ...] = ()
     by_span: np.ndarray | None = None
     spans: tuple[str, ...] = ()
+
+    @property
+    def change(self) -> np.ndarray:
+        """`value`, under the name that it has in `PathEffects`: already a share of the gap, whatever the direction."""
+        return self.value
 
     def __getitem__(self, edge: Edge) -> float:
         return float(self.value[self.senders.index(edge.sender), self.receivers.index(edge.receiver)])
