@@ -236,8 +236,9 @@ def explicit_chunks(call: AttentionCall, max_bytes: int = 1 << 28) -> Tensor:
     return torch.cat(parts, 1)
 
 
-def row_chunks(call: AttentionCall, dest: Tensor, max_bytes: int = 1 << 26) -> Iterator[Tensor]:
-    """`dest` cut along its last axis so that one chunk's scores stay under `max_bytes`."""
+def row_chunks(call: AttentionCall, dest: Tensor, max_bytes: int | None = None) -> Iterator[Tensor]:
+    """`dest` cut along its last axis so that one chunk's scores stay under `max_bytes`; default what stays in a CPU's cache, or 64 MB on a device."""
+    max_bytes = max_bytes or (1 << 21 if dest.device.type == "cpu" else 1 << 26)
     batch, heads = call.query.shape[:2]
     size = max(1, max_bytes // (4 * batch * heads * call.key.shape[2]))
     return iter(dest.split(size, -1))
