@@ -50,6 +50,12 @@ class EdgeGraph:
                         f"model must have {full} for its graph of edges; {why}. Use activation patching on the hook points it has."
                     )
         cfg = model.cfg
+        for layer, part in enumerate(getattr(getattr(model, "anatomy", None), "layers", ())):
+            if (part.n_heads, part.n_key_value_heads) != (cfg.n_heads, cfg.n_key_value_heads):
+                raise UnsupportedModelError(
+                    f"model must have as many heads in every layer for its graph of edges; layer {layer} has {part.n_heads} and {part.n_key_value_heads} "
+                    f"key/value heads, others {cfg.n_heads} and {cfg.n_key_value_heads}. Use activation patching instead."
+                )
         mlps = [f"blocks.{layer}.hook_mlp_out" in model.hook_dict for layer in range(cfg.n_layers)]
         return EdgeGraph(cfg.n_layers, cfg.n_heads, cfg.n_key_value_heads, any(mlps))
 
@@ -135,17 +141,17 @@ class EdgeGraph:
             rows[list(self.inputs[self.sender_index[sender]])] = True
         return self.possible & columns & rows[:, None]
 
-    def listed(self, mask: Bool[np.ndarray, "receiver sender"]) -> tuple[Edge, ...]:
-        """The edges of a mask, receiver by receiver."""
-        return tuple(Edge(self.senders[j], self.receivers[i]) for i, j in zip(*np.nonzero(mask), strict=True))
+    def listed(self, mask: np.ndarray) -> tuple[Edge, ...]:
+        """The edges of a mask [receiver, sender], receiver by receiver."""
+        return tuple(Edge(self.senders[j], self.receivers[i]) for i, j in np.argwhere(mask))
 
-    def live(self, masks: Bool[np.ndarray, "*set receiver sender"]) -> Bool[np.ndarray, "*set receiver sender"]:
-        """The edges that lie on a path from the embeddings to the logits; the others change nothing (dead ends) and are taken out.
+    def live(self, masks: np.ndarray) -> np.ndarray:
+        """The edges of masks [..., receiver, sender] that lie on a path from the embeddings to the logits; the others change nothing and are taken out.
 
         A head lies on a path through its q, its k or its v. One sweep forward (what the embeddings reach) and one back (what reaches the logits) are enough:
         the second takes nothing away from a node that it keeps.
         """
-        out = np.array(masks & self.possible).reshape(-1, *self.possible.shape)
+        out: Any = np.logical_and(masks, self.possible).reshape(-1, *self.possible.shape)
         for column, rows in enumerate(self.inputs):
             if rows:
                 out[:, :, column] &= out[:, list(rows)].any((1, 2))[:, None]
@@ -158,9 +164,9 @@ class EdgeGraph:
         out &= needed[:, :, None]
         return out.reshape(np.shape(masks))
 
-    def nodes(self, mask: Bool[np.ndarray, "receiver sender"]) -> tuple[Sender, ...]:
+    def nodes(self, mask: np.ndarray) -> tuple[Sender, ...]:
         """Senders of a mask's edges, in the order of execution."""
-        used = mask.any(0)
+        used = np.any(mask, 0).tolist()
         return tuple(sender for sender, there in zip(self.senders, used, strict=True) if there)
 
     def masks(self, sets: Sequence[Collection[Edge]]) -> Bool[np.ndarray, "set receiver sender"]:
