@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -256,10 +256,11 @@ class HeadCircuits:
                 )
         for head, match in self.matches.items():
             for i, j in np.ndindex(*match.value.shape):
-                numbers: Sequence[float] = [
-                    getattr(match, name)[i, j] for name in ("value", "low", "high", "null", "null_low", "null_high")
-                ]
-                rows.append(_row("match", head, match.queries[i], match.senders[j], *numbers, match.unit, self.n))
+                cell = (i, j)
+                rows.append(
+                    _row("match", head, match.queries[i], match.senders[j], match.value[cell], match.low[cell], match.high[cell], match.null[cell],
+                         match.null_low[cell], match.null_high[cell], match.unit, self.n)
+                )  # fmt: skip
         return pd.DataFrame(rows)
 
 

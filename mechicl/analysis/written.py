@@ -1,0 +1,166 @@
+"""What the residual stream is made of: at chosen positions, every vector that was added to it up to a layer.
+
+One forward pass keeps the stream, the heads' outputs and the sublayers' outputs at these positions. The parts add up to the stream, up to the rounding of the model's
+own dtype. Heads are parts by themselves only where a family adds their outputs to the stream as they are; sublayers are always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechicl.errors import OptionError, UnsupportedModelError
+from mechicl.prompts.batch import Batch
+from mechicl.results import Sender
+
+By = Literal["component", "layer"]
+"""Parts: the embeddings, every head and every MLP ("component"), or the embeddings and every sublayer ("layer")."""
+
+HookFn = Callable[..., Any]
+
+
+def check_by(model: Any, by: str) -> None:
+    """Refuse a decomposition that does not exist, or that the family does not allow.
+
+    Raises:
+        OptionError: an unknown name.
+        UnsupportedModelError: heads are asked for and are not summands of the stream.
+    """
+    if by not in get_args(By):
+        raise OptionError(f"by must be one of {', '.join(get_args(By))}; got {by!r}. Pick one.")
+    reason = getattr(model, "not_additive", "")
+    if by == "component" and reason:
+        raise UnsupportedModelError(
+            f'by must be "layer" for {getattr(model.cfg, "model_type", "this model")}: {reason}, so that a head has no part of its own. Use by="layer", patch or ablate.'
+        )
+
+
+def at(x: Tensor, positions: Int[Tensor, "batch n"]) -> Tensor:
+    """x [batch, pos, ...] at the positions [batch, n], in float32."""
+    index = positions.to(x.device).reshape(*positions.shape, *(1,) * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
+    return x.gather(1, index).float()
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """Summands of the stream: `value` [batch, n, part, d_model]; `names`; `stream` [batch, n, d_model], what they add up to."""
+
+    names: tuple[str, ...]
+    value: Float[Tensor, "batch n part d_model"]
+    stream: Float[Tensor, "batch n d_model"]
+
+
+class Written:
+    """Keeps what is written at `positions` during one forward pass: give `hooks` to the model, run it, then ask for `parts`.
+
+    Args:
+        model: A hooked model.
+        positions: [batch, n].
+        by: See `By`.
+        layers: How many layers to follow; default all.
+    """
+
+    def __init__(self, model: Any, positions: Int[Tensor, "batch n"], *, by: By = "component", layers: int | None = None) -> None:
+        check_by(model, by)
+        self.model, self.positions, self.by = model, positions, by
+        self.n_layers = model.cfg.n_layers if layers is None else layers
+        self.kept: dict[str, Tensor] = {}
+
+    @property
+    def hooks(self) -> list[tuple[str, HookFn]]:
+        """(hook name, function) for the forward pass."""
+        names = []
+        for layer in range(self.n_layers):
+            names += [f"blocks.{layer}.{point}" for point in ("hook_resid_pre", "hook_resid_post")]
+            names += [f"blocks.{layer}.{point}" for point in ("hook_resid_mid", "attn.hook_z") if self._wanted(layer, point)]
+        if self.n_layers < self.model.cfg.n_layers:
+            names.append(f"blocks.{self.n_layers}.hook_resid_pre")
+        return [(name, self._keep) for name in names]
+
+    def _wanted(self, layer: int, point: str) -> bool:
+        there = f"blocks.{layer}.{point}" in self.model.hook_dict
+        return there and (point != "attn.hook_z" or self.by == "component")
+
+    def _keep(self, x: Tensor, hook: Any) -> None:
+        self.kept[hook.name] = at(x.detach(), self.positions)
+
+    def stream(self, layer: int) -> Float[Tensor, "batch n d_model"]:
+        """The stream that enters `layer` (n_layers: that leaves the last)."""
+        if layer < self.n_layers or f"blocks.{layer}.hook_resid_pre" in self.kept:
+            return self.kept[f"blocks.{layer}.hook_resid_pre"]
+        return self.kept[f"blocks.{layer - 1}.hook_resid_post"]
+
+    def parts(self, layer: int | None = None) -> Parts:
+        """Everything written before `layer` (default: by the last layer followed). The biases of the heads' output projections are one part, "biases"."""
+        end = self.n_layers if layer is None else layer
+        found: dict[str, Tensor] = {"embed": self.kept["blocks.0.hook_resid_pre"]}
+        biases = torch.zeros_like(found["embed"])
+        for k in range(end):
+            before, after = self.kept[f"blocks.{k}.hook_resid_pre"], self.kept[f"blocks.{k}.hook_resid_post"]
+            mid, z = self.kept.get(f"blocks.{k}.hook_resid_mid"), self.kept.get(f"blocks.{k}.attn.hook_z")
+            if z is not None:
+                attn = self.model.blocks[k].attn
+                each = torch.einsum("bnhd,hdm->bnhm", z, attn.W_O.float())
+                found |= {f"{k}.{h}": each[:, :, h] for h in range(each.shape[2])}
+                biases = biases + _bias(attn, before)
+            if mid is not None:
+                found |= ({f"attn {k}": mid - before} if z is None else {}) | {f"mlp {k}": after - mid}
+            elif z is None:  # no point between attention and MLP, or no MLP
+                found[f"attn {k}" if getattr(self.model.cfg, "attn_only", False) else f"layer {k}"] = after - before
+            entered = self.kept.get(f"blocks.{k + 1}.hook_resid_pre")
+            if entered is not None and not torch.equal(entered, after):
+                found[f"added {k + 1}"] = entered - after
+        if bool((biases != 0).any()):
+            found["biases"] = biases
+        return Parts(tuple(found), torch.stack(list(found.values()), 2), self.stream(end))
+
+
+def _bias(attn: Any, like: Tensor) -> Tensor:
+    """The output projection's bias [d_model]; zero for toys, which have none."""
+    try:
+        return attn.b_O.float()
+    except AttributeError:
+        return like.new_zeros(like.shape[-1])
+
+
+def sender_of(name: str) -> Sender | None:
+    """The graph's name of a part; None for what is no sender (biases, a whole layer, pictures added in between)."""
+    if name == "embed":
+        return Sender("embed")
+    if name.startswith("mlp "):
+        return Sender("mlp", int(name[4:]))
+    layer, dot, head = name.partition(".")
+    return Sender("head", int(layer), int(head)) if dot else None
+
+
+def order(names: Sequence[str]) -> list[str]:
+    """Names of several batches in the order of execution, each once."""
+
+    def when(name: str) -> tuple[float, int]:
+        if name in ("embed", "biases"):
+            return (-1.0 if name == "embed" else float("inf"), 0)
+        kind, _, number = name.rpartition(" ")
+        if kind:
+            return float(number) + {"added": -0.5, "attn": 0.1, "layer": 0.2, "mlp": 0.3}[kind], 0
+        layer, _, head = name.partition(".")
+        return float(layer) + 0.1, int(head)
+
+    return sorted(dict.fromkeys(names), key=when)
+
+
+def aligned(names: Sequence[str], wanted: Sequence[str], value: Tensor, dim: int) -> Tensor:
+    """`value` with its parts `names` along `dim` put at the places of `wanted`; zeros where a batch has no such part."""
+    index = torch.tensor([list(wanted).index(name) for name in names], device=value.device)
+    shape = list(value.shape)
+    shape[dim] = len(wanted)
+    return value.new_zeros(shape).index_copy(dim, index, value)
+
+
+def last_positions(batch: Batch) -> Int[Tensor, "batch 1"]:
+    """The token that predicts the answer."""
+    return batch.query_pos[:, None]
