@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from mechicl.analysis.ablation import ablate, dose_curve
     from mechicl.analysis.heads import attention_by_role, score_heads
     from mechicl.analysis.icl import icl_accuracy
+    from mechicl.analysis.patching import patch
     from mechicl.analysis.study import find_and_prove
+    from mechicl.analysis.transplant import transplant
     from mechicl.models.load import load
     from mechicl.models.vlm import HookedVLM
     from mechicl.prompts.episode import Episode, Shot
@@ -31,12 +33,14 @@ _HOMES = {
     "ablate": "mechicl.analysis.ablation",
     "dose_curve": "mechicl.analysis.ablation",
     "find_and_prove": "mechicl.analysis.study",
+    "patch": "mechicl.analysis.patching",
+    "transplant": "mechicl.analysis.transplant",
     "plot": "mechicl.views.plots",
 }
 _MODULES = ("data", "prompts", "models", "analysis", "training", "views", "errors", "results")
 
 __all__ = [
-    "Episode", "HookedVLM", "Shot", "ablate", "attention_by_role", "dose_curve", "find_and_prove", "icl_accuracy", "load", "plot", "score_heads",
+    "Episode", "HookedVLM", "Shot", "ablate", "attention_by_role", "dose_curve", "find_and_prove", "icl_accuracy", "load", "patch", "plot", "score_heads", "transplant",
 ]  # fmt: skip
 
 

@@ -243,3 +243,58 @@ def _student(difference: np.ndarray, spread: np.ndarray, dof: np.ndarray, good: 
         p = stats.t.sf(difference / np.maximum(spread, 1e-12), freedom)
         bound = np.exp(stats.t.ppf(0.975, freedom) * spread)
     return np.where(good, p, np.nan), np.where(good, bound, np.nan)
+
+
+def sign_flip_p(values: np.ndarray, *, n_draws: int = 10_000, seed: int = 0, tie: ArrayLike = 0.0) -> np.ndarray:
+    """Two-sided permutation test of paired changes: each episode's change could as well have had the other sign. Exact where 2**n is at most `n_draws`.
+
+    The same signs serve all cells, so that cells can be compared. The observed signs count as one of the draws, so p is never 0; its least value is
+    1 / (n_draws + 1), or 2 / 2**n where that is larger.
+
+    Args:
+        values: Changes [batch, ...], NaN where an episode does not count.
+        n_draws: How many signs are drawn.
+        seed: Decides them.
+        tie: Changes no larger than this count as none (rounding in a network is the same in every episode, and would be significant).
+
+    Returns:
+        p [...]; 1 where nothing changed, NaN where no episode counts.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    n, shape = array.shape[0], array.shape[1:]
+    flat = array.reshape(n, -1)
+    known = ~np.isnan(flat)
+    moved = np.where(known & (np.abs(flat) > tie), np.nan_to_num(flat), 0.0)
+    observed = np.abs(moved.sum(0))
+    bar = observed * (1 - 1e-9)  # sums in another order are equal up to rounding
+    exact = n < 30 and 2**n <= n_draws
+    draw = np.random.default_rng(seed)
+    total, exceeded = (2**n if exact else n_draws), np.zeros(flat.shape[1])
+    for start in range(0, total, 1024):
+        stop = min(start + 1024, total)
+        bits = np.arange(start, stop)[:, None] >> np.arange(n) & 1 if exact else draw.integers(0, 2, (stop - start, n))
+        exceeded += (np.abs((2.0 * bits - 1.0) @ moved) >= bar).sum(0)
+    p = exceeded / total if exact else (1 + exceeded) / (1 + total)
+    return np.where(known.any(0), p, np.nan).reshape(shape)
+
+
+def ratio_interval(
+    above: np.ndarray, below: np.ndarray, *, seed: int = 0, n_draws: int = N_BOOTSTRAP, level: float = LEVEL
+) -> tuple[np.ndarray, np.ndarray]:
+    """Percentile bootstrap interval of mean(above) / mean(below), both resampled with their episodes.
+
+    Args:
+        above: [batch, ...], NaN columns where there is no cell.
+        below: [batch]. Resamples in which its mean is nought or has the other sign give ratios far off: look at its own interval first.
+
+    Returns:
+        low and high, [...].
+    """
+    n = len(below)
+    flat = above.reshape(n, -1)
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_draws).astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratios = (counts @ flat) / (counts @ below)[:, None]
+    ratios[~np.isfinite(ratios)] = np.nan
+    low, high = _quantiles(ratios, ((1 - level) / 2, (1 + level) / 2))
+    return low.reshape(above.shape[1:]), high.reshape(above.shape[1:])

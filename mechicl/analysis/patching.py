@@ -1,0 +1,388 @@
+"""`patch`: put one run's activations into another, cell by cell, and see how much of the answer goes with them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from mechicl.analysis.feed import progress_bar, provenance
+from mechicl.analysis.metrics import Contrast, Metric, contrast
+from mechicl.analysis.patch_cells import ALIGNABLE, HEADS, By, Patch, Selection, SitePlan, plan
+from mechicl.analysis.patch_run import Engine, Recorded, Sweep, added_layers, record
+from mechicl.analysis.patch_store import Store, fingerprint, weights
+from mechicl.analysis.statistics import benjamini_hochberg, bootstrap_interval, holm, ratio_interval, sign_flip_p
+from mechicl.errors import EpisodeError, OptionError
+from mechicl.prompts.align import Align, span_groups
+from mechicl.prompts.batch import Batch
+from mechicl.prompts.corrupt import Pairs
+from mechicl.prompts.episode import Episode
+from mechicl.results import Head, Skipped
+from mechicl.results.patching import Direction, PatchCost, PatchEffects, SiteEffects
+
+Correction = Literal["holm", "fdr_bh"]
+Given = Pairs | Batch | Sequence[Episode]
+CELLS_AT_ONCE = 32
+"""Cells between two writes to disk, at most."""
+
+
+def patch(
+    model: Any,
+    clean: Given,
+    corrupt: Batch | Sequence[Episode] | None = None,
+    sites: Sequence[str] | str = ("resid_pre",),
+    by: By = "span",
+    *,
+    metric: Metric = "logit_diff",
+    direction: Direction = "denoise",
+    layers: Collection[int] | None = None,
+    heads: Collection[Head] | None = None,
+    spans: Sequence[str] | None = None,
+    align: Align | None = None,
+    correction: Correction = "holm",
+    n_permutations: int = 10_000,
+    seed: int = 0,
+    batch_size: int = 16,
+    out: str | os.PathLike[str] | None = None,
+    engine: Engine = "resume",
+    task: str = "",
+    progress: bool = True,
+) -> PatchEffects:
+    """Activation patching (causal tracing): each cell is one run in which one activation is taken from the other run of its pair.
+
+    Sites: resid_pre, resid_mid, resid_post, attn_out, mlp_out (the stream and what is added to it); z (heads' outputs), q (queries), k, v (keys and values, one
+    for each key/value head), pattern (the attention itself; a span is the tokens that read); embed, image_features (what the projector put into the sequence),
+    vision (layers of the tower, whole pictures). In families that add the picture to the stream again between layers (DeepStack), patches of resid_*,
+    embed and image_features take these additions along at the patched positions; attn_out, mlp_out and heads do not.
+
+    A cell's number is a share of the distance between the two runs, not a share of the answer: cells overlap, so they do not add up to one. A denoising effect
+    says that the activation suffices in the corrupt context, a noising effect that it is needed in the clean one; backup heads make the second small.
+
+    Args:
+        model: A `HookedVLM` or a toy.
+        clean: Pairs from `prompts.corrupt.minimal_pairs`; or the clean prompts.
+        corrupt: The corrupt prompts, row by row, where `clean` is not Pairs.
+        sites: Names from above.
+        by: "span": groups of tokens that every episode has, e.g. "right label" (see `prompts.align.span_groups`), for each layer (and head). "shot": the same
+            with every exemplar apart. "pos": single positions, where all prompts are laid out alike. "head": all tokens together, for each (layer, head), or
+            for each layer where the site has no heads.
+        metric: See `analysis.metrics.Metric`.
+        direction: "denoise": clean activations into the corrupt run. "noise": corrupt ones into the clean run.
+        layers: Only these layers.
+        heads: Only these (layer, head), query heads; for k and v the key/value heads that serve them.
+        spans: Only these spans.
+        align: What to do where two spans differ in length: None refuses, "mean" or "resize" fits the donor's to it (stream sites, embed and image_features only).
+        correction: Of p over all cells of all sites: "holm" (family-wise) or "fdr_bh" (false discovery rate).
+        n_permutations: Sign flips drawn for p.
+        seed: Of intervals and permutations.
+        batch_size: Prompts that are run at once.
+        out: A folder that keeps finished cells; the same call with the same folder goes on where it was.
+        engine: "resume" runs cells together, from the layer they change on; "naive" runs each in full (the same numbers, to check with).
+        task: For the record.
+        progress: Show the cost, then a bar.
+
+    Returns:
+        PatchEffects; `effects["z"].value[layer, head]` is 0 where the run stays as it was corrupt, 1 where it is as clean.
+
+    Raises:
+        OptionError: an option that does not exist, or does not fit the site.
+        EpisodeError: pairs that do not match (says which episode and span), or whose runs do not differ in the metric.
+        UnsupportedModelError: the family has no such site; says why.
+        CheckpointError, OutputPathError: `out` holds another sweep, or cannot be written.
+    """
+    job = _prepare(model, clean, corrupt, sites, by, metric, direction, Selection(layers, heads, spans), align, engine, batch_size)
+    _check_statistics(correction, n_permutations)
+    store = None if out is None else Store(out, job.asked())
+    raw = _run(job, store, progress)
+    ends, unit = {name: raw[name][:, 0] for name in ("clean", "corrupt")}, job.contrast.unit
+    notes = [*job.notes, *_gap(ends["clean"], ends["corrupt"], unit, seed)]
+    start = ends["corrupt" if direction == "denoise" else "clean"]
+    found = {site: _effects(site, job.plans[site], raw[site], ends, start, n_permutations, seed) for site in job.plans}
+    found, more = _correct(found, correction, job.n, n_permutations)
+    options = {"sites": list(job.plans), "by": by, "direction": direction, "metric": job.contrast.name, "align": align, "correction": correction,
+               "n_permutations": n_permutations, "engine": engine, "batch_size": batch_size, "pairs": job.how}  # fmt: skip
+    result = PatchEffects(
+        sites=found, direction=direction, metric=job.contrast.name, unit=unit, clean=ends["clean"], corrupt=ends["corrupt"], correction=correction, pairs=job.how,
+        n=job.n, skipped=job.skipped, provenance=provenance(model, task=task, seed=seed, options=options), notes=(*notes, *more),
+    )  # fmt: skip
+    if store is not None:
+        store.finish(result.to_frame())
+    return result
+
+
+def cost(
+    model: Any,
+    clean: Given,
+    corrupt: Batch | Sequence[Episode] | None = None,
+    sites: Sequence[str] | str = ("resid_pre",),
+    by: By = "span",
+    *,
+    metric: Metric = "logit_diff",
+    direction: Direction = "denoise",
+    layers: Collection[int] | None = None,
+    heads: Collection[Head] | None = None,
+    spans: Sequence[str] | None = None,
+    align: Align | None = None,
+    engine: Engine = "resume",
+    batch_size: int = 16,
+) -> PatchCost:
+    """What `patch` with these arguments will take: cells are counted, and one batch of each site, from its middle layer, is run and timed.
+
+    Arguments, errors: as in `patch`.
+    """
+    job = _prepare(model, clean, corrupt, sites, by, metric, direction, Selection(layers, heads, spans), align, engine, batch_size)
+    return job.cost()[0]
+
+
+@dataclass(eq=False)
+class _Job:
+    """A sweep, ready to run."""
+
+    sweep: Sweep
+    contrast: Contrast
+    clean: Batch
+    corrupt: Batch
+    plans: Mapping[str, SitePlan]
+    how: str
+    skipped: tuple[Skipped, ...]
+    notes: list[str]
+
+    @property
+    def n(self) -> int:
+        """Pairs."""
+        return self.clean.n
+
+    @property
+    def patches(self) -> list[Patch]:
+        """Every cell."""
+        return [patch for site in self.plans.values() for patch in site.patches]
+
+    def parts(self) -> list[list[int]]:
+        """Rows of the pairs that are recorded together."""
+        size = max(1, self.sweep.batch_size // self.contrast.blocks)
+        count = max(1, -(-self.n // size))
+        return [list(range(k * self.n // count, (k + 1) * self.n // count)) for k in range(count)]
+
+    def record(self, rows: Sequence[int]) -> Recorded:
+        """Both runs of some pairs."""
+        whole = len(rows) == self.n
+        clean, corrupt = (batch if whole else batch.select(rows) for batch in (self.clean, self.corrupt))
+        return record(self.sweep, self.contrast.take(rows), clean, corrupt, self.patches)
+
+    def groups(self) -> Iterator[tuple[str, list[Patch]]]:
+        """Cells that are run together: one site, one layer."""
+        for name, site in self.plans.items():
+            layers = dict.fromkeys(patch.layer for patch in site.patches)
+            for layer in layers:
+                some = [patch for patch in site.patches if patch.layer == layer]
+                for start in range(0, len(some), CELLS_AT_ONCE):
+                    yield name, some[start : start + CELLS_AT_ONCE]
+
+    def asked(self) -> dict[str, Any]:
+        """What decides the numbers, for the folder."""
+        s = self.sweep
+        return {
+            "model": {k: str(v) for k, v in s.model.describe().items() if k in ("model", "revision", "dtype")}, "weights": weights(s.model),
+            "pairs": fingerprint(self.clean, self.corrupt), "n": self.n, "metric": self.contrast.name, "direction": s.direction, "by": s.by, "align": s.align,
+            "sites": {name: {"axes": list(p.axes), "coords": {k: list(v) for k, v in p.coords.items()}, "cells": len(p.patches)} for name, p in self.plans.items()},
+        }  # fmt: skip
+
+    def cost(self) -> tuple[PatchCost, float]:
+        """The preview, and the seconds that it took itself."""
+        begun = time.perf_counter()
+        parts = self.parts()
+        recorded = self.record(parts[0])
+        recording = time.perf_counter() - begun
+        seconds: dict[str, float] = {}
+        total = recording * len(parts)
+        forwards = 2 * len(parts)
+        for name, site in self.plans.items():
+            some = [group for other, group in self.groups() if other == name]
+            middle = some[len(some) // 2][: 4 if self.sweep.engine == "naive" else CELLS_AT_ONCE]
+            start = time.perf_counter()
+            recorded.run(middle)
+            seconds[name] = (time.perf_counter() - start) / len(middle)
+            total += seconds[name] * len(site.patches) * len(parts)
+            forwards += len(site.patches) * len(parts)
+        return PatchCost(len(self.patches), forwards, total, recorded.gigabytes, seconds, self.n), time.perf_counter() - begun
+
+
+def _prepare(
+    model: Any, clean: Given, corrupt: Any, sites: Sequence[str] | str, by: By, metric: Metric, direction: Direction, selection: Selection, align: Align | None,
+    engine: Engine, batch_size: int,
+) -> _Job:  # fmt: skip
+    if direction not in get_args(Direction):
+        raise OptionError(f"direction must be one of {', '.join(get_args(Direction))}; got {direction!r}. denoise asks what suffices.")
+    if engine not in get_args(Engine):
+        raise OptionError(f"engine must be one of {', '.join(get_args(Engine))}; got {engine!r}. resume is the fast one.")
+    if batch_size < 1:
+        raise OptionError(f"batch_size must be at least 1; got {batch_size}. Choose how many prompts go through the model at once.")
+    sites = (sites,) if isinstance(sites, str) else tuple(sites)
+    first, second, how, skipped = _sides(model, clean, corrupt)
+    measured, rows, unscored, notes = contrast(metric, first, second)
+    if len(rows) < first.n:
+        first, second = first.select(rows), second.select(rows)
+    if align is not None and (fixed := [site for site in sites if site not in ALIGNABLE]):
+        raise OptionError(
+            f"align must be None for {', '.join(fixed)}; got {align!r}. Only {', '.join(ALIGNABLE)} can be fitted to another length."
+        )
+    if by == "pos":
+        _one_layout(first)
+    names = list(span_groups(first, "shot" if by == "shot" else "span"))
+    plans, reasons = plan(model, sites, by, names, first.n_pos, selection)
+    if added_layers(model) and any(site in plans for site in ("resid_pre", "resid_mid", "resid_post", "embed", "image_features")):
+        reasons.append(
+            "The picture is added to the stream in several layers (DeepStack): patches of the stream take its later additions along."
+        )
+    return _Job(
+        Sweep(model, direction, by, align, engine, batch_size),
+        measured,
+        first,
+        second,
+        plans,
+        how,
+        (*skipped, *unscored),
+        [*notes, *reasons],
+    )
+
+
+def _sides(model: Any, clean: Given, corrupt: Any) -> tuple[Batch, Batch, str, tuple[Skipped, ...]]:
+    """Clean and corrupt prompts, how they were made, and what was left out."""
+    if isinstance(clean, Pairs):
+        if corrupt is not None:
+            raise OptionError("corrupt must not be given beside Pairs; got both. Pairs hold both sides.")
+        return clean.clean, clean.corrupt, clean.how, clean.skipped
+    if corrupt is None:
+        raise OptionError("corrupt must be given; got None. Make pairs with prompts.corrupt.minimal_pairs, or pass both batches.")
+    sides = [side if isinstance(side, Batch) else model.render(side) for side in (clean, corrupt)]
+    if sides[0].n != sides[1].n:
+        raise EpisodeError(
+            f"clean and corrupt must be paired, prompt by prompt; got {sides[0].n} and {sides[1].n} prompts. Make pairs with minimal_pairs."
+        )
+    return sides[0], sides[1], "given", ()
+
+
+def _one_layout(batch: Batch) -> None:
+    first = [(s.role, s.start, s.stop, s.shot) for s in batch.spans[0]]
+    for i, row in enumerate(batch.spans):
+        if [(s.role, s.start, s.stop, s.shot) for s in row] != first:
+            raise EpisodeError(
+                f"prompts must all be laid out alike for by='pos'; episode {batch.ids[i] if batch.ids else i} is not like the first. Use by='span', or draw labels "
+                "and pictures of one size."
+            )
+
+
+def _check_statistics(correction: str, n_permutations: int) -> None:
+    if correction not in get_args(Correction):
+        raise OptionError(f"correction must be one of {', '.join(get_args(Correction))}; got {correction!r}. holm is the stricter.")
+    if n_permutations < 1:
+        raise OptionError(f"n_permutations must be at least 1; got {n_permutations}. 10000 resolves p to 0.0001.")
+
+
+def _run(job: _Job, store: Store | None, progress: bool) -> dict[str, np.ndarray]:
+    """The metric of every cell, site -> [batch, *axes], and of both runs under "clean" and "corrupt", [batch, 1]."""
+    raw = {name: np.full((job.n, *site.shape), np.nan) for name, site in job.plans.items()} | {
+        e: np.full((job.n, 1), np.nan) for e in ("clean", "corrupt")
+    }
+    if store is not None:
+        store.load(raw)
+    groups, parts = list(job.groups()), job.parts()
+    total = len(job.patches) * len(parts)
+    if progress and total > 20 * CELLS_AT_ONCE:
+        estimate, _ = job.cost()
+        print_cost(estimate)
+    bar = progress_bar(None, total=total, what="patching", show=progress)
+    for rows in parts:
+        recorded: Recorded | None = None
+        for name, patches in groups:
+            flat = [int(np.ravel_multi_index(patch.place, job.plans[name].shape)) for patch in patches]
+            array = raw[name].reshape(job.n, -1)
+            missing = [k for k, cell in enumerate(flat) if np.isnan(array[rows, cell]).any()]
+            if missing:
+                recorded = recorded or _begin(job, rows, raw, store)
+                values = recorded.run([patches[k] for k in missing])
+                cells = [flat[k] for k in missing]
+                array[np.ix_(rows, cells)] = values
+                if store is not None:
+                    store.add(name, cells, rows, values)
+            bar.update(len(patches))
+    bar.close()
+    return raw
+
+
+def _begin(job: _Job, rows: Sequence[int], raw: Mapping[str, np.ndarray], store: Store | None) -> Recorded:
+    recorded = job.record(rows)
+    for name, values in (("clean", recorded.clean), ("corrupt", recorded.corrupt)):
+        raw[name][rows, 0] = values
+        if store is not None:
+            store.add(name, [0], rows, values[:, None])
+    return recorded
+
+
+def print_cost(estimate: PatchCost, write: Callable[[str], None] | None = None) -> None:
+    """Say what a sweep will take, above the bar."""
+    from tqdm.auto import tqdm
+
+    (write or tqdm.write)(f"patching: {estimate}")
+
+
+def _gap(clean: np.ndarray, corrupt: np.ndarray, unit: str, seed: int) -> list[str]:
+    """Notes on the distance between the runs.
+
+    Raises:
+        EpisodeError: there is none.
+    """
+    gap = clean - corrupt
+    size = max(float(np.abs(clean).mean()), float(np.abs(corrupt).mean()), 1e-12)
+    if abs(gap.mean()) <= 1e-5 * size:
+        raise EpisodeError(
+            f"clean and corrupt runs must differ in the metric; their mean difference is {gap.mean():.3g} {unit} over {len(gap)} pairs. "
+            "Corrupt something that the answer depends on, or choose another metric."
+        )
+    low, high = bootstrap_interval(gap, seed=seed)
+    if len(gap) > 1 and low <= 0 <= high:
+        return [
+            f"The runs hardly differ: clean minus corrupt is {gap.mean():.3g} [{float(low):.3g}, {float(high):.3g}] {unit}. Shares of such a distance are not "
+            "to be trusted; read `raw`."
+        ]
+    return []
+
+
+def _effects(
+    site: str, made: SitePlan, raw: np.ndarray, ends: Mapping[str, np.ndarray], start: np.ndarray, n_permutations: int, seed: int
+) -> SiteEffects:
+    clean, corrupt = ends["clean"], ends["corrupt"]
+    column = (slice(None), *(None,) * (raw.ndim - 1))
+    gap = clean - corrupt
+    above = raw - corrupt[column]
+    low, high = ratio_interval(above, gap, seed=seed)
+    rounding = max(1e-5 * float(np.abs(gap).mean()), 2e-6 * float(np.abs(start).max()))
+    p = sign_flip_p(raw - start[column], n_draws=n_permutations, seed=seed, tie=rounding)
+    return SiteEffects(site, made.axes, made.coords, above.mean(0) / gap.mean(), low, high, p, np.full_like(p, np.nan), raw)
+
+
+def _correct(
+    found: dict[str, SiteEffects], correction: Correction, n: int, n_permutations: int
+) -> tuple[dict[str, SiteEffects], list[str]]:
+    """p corrected over all cells of all sites."""
+    flat = np.concatenate([effects.p.ravel() for effects in found.values()])
+    corrected = holm(flat) if correction == "holm" else benjamini_hochberg(flat)
+    out, seen = {}, 0
+    for site, e in found.items():
+        some = corrected[seen : seen + e.p.size].reshape(e.p.shape)
+        out[site] = SiteEffects(e.site, e.axes, e.coords, e.value, e.low, e.high, e.p, some, e.raw)
+        seen += e.p.size
+    count = int((~np.isnan(flat)).sum())
+    least = max(1 / (n_permutations + 1), 2.0 ** (1 - n))
+    if correction == "holm" and least * count > 0.05:
+        return out, [
+            f"With {n} pairs and {n_permutations} permutations no p is below {least:.2g}, so none of {count} cells can be significant after Holm."
+        ]
+    return out, []
+
+
+__all__ = ["HEADS", "cost", "patch"]
