@@ -4,6 +4,8 @@
     plot(scores["induction"])         # one score, with the ranking
     plot(ablation), plot(curve), plot(accuracy), plot(roles), plot(series)
     plot(bands), plot(emergence), plot(correlations), plot(forest), plot(knock_outs)       # over many trainings
+    plot(patched), plot(patched, site="z"), plot(attribution), plot(transplant)           # activations exchanged
+    plot(paths), plot(edge_scores), plot(cuts), plot(circuit), plot(circuit_curve), plot(overlap)      # edges and circuits
     plot_sweep(table, x="K", y="accuracy_ic", color="positions")
 
 A figure is returned, never shown or written. Its arrays are the result's arrays.
@@ -23,22 +25,32 @@ from plotly.offline import get_plotlyjs
 from mechicl.errors import OptionError
 from mechicl.results import (
     Ablation,
+    Attribution,
     Bands,
+    Circuit,
+    CircuitCurve,
+    CircuitOverlap,
     Correlations,
     DoseCurve,
+    EdgeScores,
     Emergence,
     Estimate,
     Forest,
+    FunctionVector,
     Head,
     HeadScores,
     ICLAccuracy,
     KnockOutTable,
+    PatchEffects,
+    PathEffects,
     PromptView,
     RoleAttention,
     Score,
     Series,
+    SpanKnockOuts,
+    Transplant,
 )
-from mechicl.views import curves, grids, sweeps, theme, trainings
+from mechicl.views import circuit_panels, circuits, curves, edges, grids, moves, patching, sweeps, theme, trainings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,7 +77,8 @@ def plot(result: Any, **options: Any) -> go.Figure:
     Args:
         result: A result of `mechicl.results`.
         options: What the kind of result offers: `dark=True` everywhere; `n_key_value_heads`, `top` (Score); `heads`, `limit` (RoleAttention);
-            `controls` (ICLAccuracy); `singles` (Ablation); `columns` (HeadScores); `changes`, `log` (Bands); `top` (Correlations, Forest).
+            `controls` (ICLAccuracy); `singles` (Ablation); `columns` (HeadScores); `changes`, `log` (Bands); `top` (Correlations, Forest);
+            `site`, `sites`, `columns` (PatchEffects, Attribution); `max_edges` (CircuitCurve).
 
     Returns:
         A plotly figure; its arrays are the result's arrays.
@@ -134,6 +147,51 @@ def _(result: Forest, *, top: int = 15, dark: bool = False) -> go.Figure:
 @plot.register
 def _(result: KnockOutTable, *, dark: bool = False) -> go.Figure:
     return _figure(trainings.knock_out_rows(result), dark)
+
+
+@plot.register(PatchEffects)
+@plot.register(Attribution)
+def _(
+    result: PatchEffects | Attribution, *, site: str | None = None, sites: Sequence[str] | None = None, columns: int | None = None, dark: bool = False
+) -> go.Figure:  # fmt: skip
+    spec = patching.patch_site(result, site) if site is not None else patching.patch_grids(result, sites=sites, columns=columns)
+    return _figure(spec, dark)
+
+
+@plot.register
+def _(result: Transplant, *, dark: bool = False) -> go.Figure:
+    return _figure(moves.transplant_rows(result), dark)
+
+
+@plot.register
+def _(result: FunctionVector, *, dark: bool = False) -> go.Figure:
+    return _figure(moves.function_vector_lines(result), dark)
+
+
+@plot.register
+def _(result: SpanKnockOuts, *, dark: bool = False) -> go.Figure:
+    return _figure(moves.knock_out_pairs(result), dark)
+
+
+@plot.register(PathEffects)
+@plot.register(EdgeScores)
+def _(result: PathEffects | EdgeScores, *, dark: bool = False) -> go.Figure:
+    return _figure(edges.edge_grid(result), dark)
+
+
+@plot.register
+def _(result: Circuit, *, dark: bool = False) -> go.Figure:
+    return _figure(circuits.circuit_graph(result), dark)
+
+
+@plot.register
+def _(result: CircuitCurve, *, max_edges: int = circuits.MAX_EDGES, dark: bool = False) -> go.Figure:
+    return _figure(circuits.circuit_slider(result, max_edges=max_edges), dark)
+
+
+@plot.register
+def _(result: CircuitOverlap, *, dark: bool = False) -> go.Figure:
+    return _figure(circuit_panels.overlap_rows(result), dark)
 
 
 def plot_sweep(

@@ -65,6 +65,8 @@ def template(dark: bool = False) -> dict[str, Any]:
             "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.2, "yanchor": "top", "font": {"size": 12.5, "color": ink}},
             "hoverlabel": {"bgcolor": paper, "bordercolor": soft, "font": {"family": FONT, "size": 13, "color": ink}, "align": "left"},
             "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": soft, "activecolor": ink},
+            "sliderdefaults": {"bgcolor": line, "bordercolor": soft, "activebgcolor": soft, "tickcolor": soft, "font": {"size": 12, "color": soft},
+                               "currentvalue": {"font": {"size": 14, "color": ink}}},
             "annotationdefaults": {"font": {"size": 12, "color": soft}},
             "coloraxis": {"colorbar": {"outlinewidth": 0, "thickness": 12, "tickfont": {"size": 11.5, "color": soft}, "ticklen": 3}},
             "margin": {"l": 64, "r": 24, "t": 76, "b": 56},
