@@ -1,0 +1,237 @@
+"""`eap`: what every edge of a decoder carries, estimated by gradients in a few passes (edge attribution patching)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechicl.analysis.agreement import agree, choose
+from mechicl.analysis.differentiable import Part, Scored, gap, parts, score, share_interval
+from mechicl.analysis.edge_gradients import CHUNK_BYTES, START, Run, between_layers, gradients_at, received, sent, two_runs
+from mechicl.analysis.feed import progress_bar, provenance
+from mechicl.analysis.metrics import Metric
+from mechicl.analysis.patching import Given
+from mechicl.errors import OptionError
+from mechicl.models.edge_graph import EdgeGraph
+from mechicl.prompts.align import span_groups
+from mechicl.prompts.batch import Batch
+from mechicl.prompts.episode import Episode
+from mechicl.results import Agreement, Edge, EdgeScores
+from mechicl.results.nodes import feeds
+from mechicl.results.patching import Direction
+
+Method = Literal["EAP", "EAP-IG"]
+
+
+def eap(
+    model: Any,
+    clean: Given,
+    corrupt: Batch | Sequence[Episode] | None = None,
+    *,
+    method: Method = "EAP",
+    steps: int = 5,
+    metric: Metric = "logit_diff",
+    direction: Direction = "noise",
+    mlps: bool = True,
+    by_span: bool = False,
+    exact: int = 24,
+    seed: int = 0,
+    batch_size: int = 8,
+    task: str = "",
+    progress: bool = True,
+) -> EdgeScores:
+    """What every edge carries, estimated by gradients: the sender's difference between the runs times the gradient at what the receiver reads.
+
+    An edge is one summand of one receiver's input: what a head, an MLP or the embeddings add to the stream, as the queries of one head, the keys or values of
+    one key/value head, an MLP or the unembedding read it, norm included. Path patching changes that summand and runs the rest of the model; here the rest is
+    replaced by its slope at the start run. That costs two runs and a backward pass for all edges, and goes wrong where the model is curved on the scale of
+    the change: a saturated softmax has no slope whatever is put in, so that edges into queries and keys are missed, and an edge that matters only together
+    with another one has no slope either. "EAP-IG" averages slopes over runs between the two prompts, which mends saturation, not everything. So some edges
+    are also run exactly: read `agreement` before the scores.
+
+    Args:
+        model: A toy or a hooked production model whose heads are summands of the stream.
+        clean: Pairs, or clean prompts.
+        corrupt: Corrupt prompts, row by row, every token in the same place.
+        method: "EAP": slopes at the start run. "EAP-IG": mean slope over `steps` runs whose embeddings (the stream that enters layer 0: tokens with the pictures
+            merged in, and a toy's code of places; and what DeepStack adds later) lie between start and other. Pictures that enter by cross-attention, and
+            turned places (RoPE), are not interpolated.
+        steps: Runs of EAP-IG.
+        metric: See `mechicl.analysis.metrics.Metric`.
+        direction: "noise" starts from the clean run (what breaks when the edge carries the corrupt run: what circuits are made of), "denoise" from the corrupt one.
+        mlps: Whether MLPs are nodes. Without, what they add is left to no edge.
+        by_span: Also split every edge's score over the spans whose positions it runs at.
+        exact: How many edges are also run exactly, for `agreement`: half of them the highest scores, half drawn at random. 0 for none.
+        seed: Decides intervals and the edges that are drawn.
+        batch_size: Prompts per pass.
+        task: What the data are, for the record.
+        progress: Show a bar.
+
+    Returns:
+        EdgeScores.
+
+    Raises:
+        UnsupportedModelError: heads that are no summands of the stream.
+        OptionError: an option out of range, or clean and corrupt prompts that do not match.
+        EpisodeError: the metric can score no pair.
+
+    Source:
+        Syed, Rager and Conmy 2023 (EAP); Hanna, Pezzelle and Belinkov 2024 (EAP-IG). Differs: middles of the steps instead of their ends, intervals over
+        episodes, always beside exact runs.
+    """
+    _check(method, direction, steps, exact, batch_size)
+    whole = EdgeGraph.of(model)
+    graph = replace(whole, mlps=whole.mlps and mlps)
+    pairs = score(model, clean, corrupt, metric)
+    spans = list(span_groups(pairs.clean)) if by_span else []
+    found = _sweep(model, pairs, graph, method, steps, direction, spans, batch_size, progress)
+    ends = (found.start, found.other) if direction == "noise" else (found.other, found.start)
+    possible = graph.possible.T
+    raw = np.where(possible, found.raw, np.nan)
+    value, low, high = share_interval(raw, ends[0] - ends[1], seed=seed)
+    options = {
+        "method": method,
+        "steps": steps,
+        "metric": pairs.contrast.name,
+        "direction": direction,
+        "mlps": mlps,
+        "exact": exact,
+        "batch_size": batch_size,
+    }
+    agreement = _agreement(model, pairs, graph, value, direction, ends, exact, seed, batch_size, progress) if exact else None
+    return EdgeScores(
+        method=method, senders=graph.senders, receivers=graph.receivers, value=value, low=low, high=high, raw=raw, metric=pairs.contrast.name,
+        unit=pairs.contrast.unit, direction=direction, clean=ends[0], corrupt=ends[1], steps=steps if method == "EAP-IG" else 1, agreement=agreement,
+        pairs=pairs.how, n=pairs.n, skipped=pairs.skipped, provenance=provenance(model, task=task, seed=seed, options=options),
+        notes=pairs.notes, by_span=np.where(possible[..., None], found.split / pairs.n / gap(*ends), np.nan) if by_span else None, spans=tuple(spans),
+    )  # fmt: skip
+
+
+def _check(method: str, direction: str, steps: int, exact: int, batch_size: int) -> None:
+    if method not in get_args(Method):
+        raise OptionError(f"method must be one of {', '.join(get_args(Method))}; got {method!r}. EAP-IG is slower and closer.")
+    if direction not in get_args(Direction):
+        raise OptionError(f"direction must be one of {', '.join(get_args(Direction))}; got {direction!r}. noise asks what is needed.")
+    if steps < 1 or exact < 0 or batch_size < 1:
+        raise OptionError(
+            f"steps and batch_size must be at least 1 and exact at least 0; got {steps}, {batch_size} and {exact}. Raise them."
+        )
+
+
+class _Sums:
+    """`raw` [batch, sender, receiver] and `split` [sender, receiver, span] (summed over episodes), signed towards clean; metrics [batch]."""
+
+    def __init__(self, raw: list[np.ndarray], split: np.ndarray, start: list[np.ndarray], other: list[np.ndarray]) -> None:
+        self.raw, self.split = np.concatenate(raw), split
+        self.start, self.other = np.concatenate(start), np.concatenate(other)
+
+
+def _sweep(
+    model: Any, pairs: Scored, graph: EdgeGraph, method: Method, steps: int, direction: Direction, spans: list[str], batch_size: int, progress: bool
+) -> _Sums:  # fmt: skip
+    sign = 1.0 if direction == "denoise" else -1.0
+    raw, split, starts, others = [], np.zeros(1), [], []
+    bar = progress_bar(None, total=pairs.n, what=method, show=progress)
+    for part in parts(model, pairs, direction, batch_size):
+        run = two_runs(model, part, graph)
+        groups = _one_hot(part, spans, run.metric_start.device) if spans else None
+        found = sign * edge_products(model, part, run, graph, shares(method, steps), groups).double().cpu().numpy()
+        raw.append(found.sum(-1))
+        split = split + found.sum(0)
+        starts.append(run.metric_start.double().cpu().numpy())
+        others.append(run.metric_other.double().cpu().numpy())
+        bar.update(part.n)
+    bar.close()
+    return _Sums(raw, split, starts, others)
+
+
+def shares(method: Method, steps: int) -> list[float]:
+    """How far from the start run's embeddings to the other's slopes are taken: 0 alone for EAP, the middles of `steps` equal parts for EAP-IG.
+
+    Hanna et al. take the parts' ends; the middles converge faster (the midpoint rule's error falls with the square of `steps`).
+    """
+    return [0.0] if method == "EAP" else [(k + 0.5) / steps for k in range(steps)]
+
+
+@torch.no_grad()
+def edge_products(
+    model: Any, part: Part, run: Run, graph: EdgeGraph, at: Sequence[float], groups: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """Difference times slope of every edge, in the metric's unit: the change of the metric from start to other that the edge alone would make.
+
+    Args:
+        model: The model.
+        part: Some pairs.
+        run: Both runs of them.
+        graph: The nodes.
+        at: Shares of the way between the runs' embeddings to average slopes over.
+        groups: One-hot [blocks * n, pos, span], to split the sum over positions; None for one sum.
+
+    Returns:
+        [n, sender, receiver, span] (one span without groups), float32; zero where there is no edge.
+    """
+    batch, n_pos, d_model = run.difference[START].shape
+    n_send, heads = len(graph.senders), graph.n_heads
+    total = torch.zeros(batch, n_send, len(graph.receivers), 1 if groups is None else groups.shape[-1], device=run.metric_start.device)
+    extra = between_layers(model, run)
+    size = max(1, CHUNK_BYTES // (4 * batch * n_send * d_model))
+    for share in at:
+        slope = gradients_at(model, part, run, share, graph)
+        final = slope.gradients[f"blocks.{graph.n_layers - 1}.hook_resid_post"].float()
+        for first in range(0, n_pos, size):
+            where = slice(first, min(first + size, n_pos))
+            some = None if groups is None else groups[:, where]
+            differences = sent(model, run, graph, where)
+            for layer in range(graph.n_layers):
+                if layer in extra:  # what DeepStack adds is the embeddings' too
+                    differences[0] += extra[layer][:, where]
+                column = layer * (heads + 2 * graph.n_key_value_heads + graph.mlps)
+                for kind, gradient in received(model, slope, layer, where):
+                    before = 1 + layer * (heads + graph.mlps) + (heads if kind == "mlp" else 0)
+                    total[:, :before, column : column + len(gradient)] += _product(differences[:before], gradient, some)
+                    column += len(gradient)
+            total[:, :, -1:] += _product(differences, final[None, :, where], some)
+    return part.per_prompt(total) / len(at)
+
+
+def _product(differences: Tensor, gradients: Tensor, groups: Tensor | None) -> Tensor:
+    """[sender, batch, n, d_model] times [receiver, batch, n, d_model], summed over d_model and positions: [batch, sender, receiver, span], in float32."""
+    if groups is None:
+        return torch.einsum("sbpd,rbpd->bsr", differences, gradients)[..., None]
+    return torch.einsum("bpsr,bpg->bsrg", torch.einsum("sbpd,rbpd->bpsr", differences, gradients), groups)
+
+
+def _one_hot(part: Part, spans: list[str], device: torch.device) -> Tensor:
+    """[blocks * n, pos, span]: which span a position belongs to."""
+    masks = span_groups(part.start)
+    nothing = torch.zeros(part.start.n, part.start.n_pos, dtype=torch.bool)
+    return torch.stack([masks.get(name, nothing) for name in spans], -1).float().to(device)
+
+
+def _agreement(
+    model: Any, pairs: Scored, graph: EdgeGraph, value: np.ndarray, direction: Direction, ends: tuple[np.ndarray, np.ndarray], exact: int, seed: int,
+    batch_size: int, progress: bool,
+) -> Agreement:  # fmt: skip
+    """Some edges, run exactly."""
+    cells, drawn = choose(value, exact - exact // 2, exact // 2, seed=seed)
+    where = [np.unravel_index(i, value.shape) for i in cells]
+    chosen = [Edge(graph.senders[i], graph.receivers[j]) for i, j in where]
+    changed = edges_exactly(model, pairs, chosen, direction, batch_size=batch_size, progress=progress)
+    sign = 1.0 if direction == "denoise" else -1.0
+    return agree(
+        [edge.name for edge in chosen], sign * changed.mean(0) / gap(*ends), [value[i, j] for i, j in where], drawn, n_possible=int((~np.isnan(value)).sum())
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def edges_exactly(
+    model: Any, pairs: Scored, edges: Sequence[Edge], direction: Direction, *, batch_size: int = 8, progress: bool = False
+) -> np.ndarray:
+    """Each edge alone taken from the other run, everything behind it computed anew: metric minus the start run's, [batch, edge]."""
+    assert all(feeds(edge.sender, edge.receiver) for edge in edges)
+    raise NotImplementedError
