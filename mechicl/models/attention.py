@@ -14,8 +14,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +39,22 @@ INERT = frozenset({
 """Keyword arguments that do not change what attention computes here: masks (sliding windows included) arrive ready-made."""
 
 
+@runtime_checkable
+class Closed(Protocol):
+    """Cells that may not be read, whatever the model's mask says (see `mechicl.models.blocked`)."""
+
+    def dest(self, call: AttentionCall) -> Tensor:
+        """Rows with a closed cell, [batch, n] (repeated where a prompt has fewer), or [batch, 0]."""
+        ...
+
+    def __call__(self, call: AttentionCall, dest: Tensor, allowed: Tensor) -> Tensor:
+        """`allowed` of the rows `dest`, [batch, 1 or head, n, src], without the closed cells."""
+        ...
+
+
 @dataclass(frozen=True)
 class AttentionCall:
-    """What one attention module handed to the function: everything needed to compute its pattern.
+    """What one attention module handed to the function: everything needed to compute its pattern. `closed`: cells that an intervention has closed.
 
     query [batch, head, dest, d_head], key and value [batch, kv_head, src, d_head], after RoPE.
     """
@@ -55,6 +68,7 @@ class AttentionCall:
     causal: bool
     terms: Mapping[str, Any]
     kwargs: Mapping[str, Any]
+    closed: Closed | None = None
 
     @property
     def groups(self) -> int:
@@ -70,12 +84,14 @@ Handler = Callable[[AttentionCall], Tensor]
 class AttentionSession:
     """Which attention modules are handled during one forward pass, and how.
 
-    `unknown` collects keyword arguments that no one has declared inert; a known module that brings one is refused.
+    `closed`: cells that may not be read, by module; a session inside another keeps the outer one's. A known module with a keyword argument that no one has
+    declared inert is refused.
     """
 
     handlers: dict[int, Handler]
     default: Handler | None = None
     calls: list[int] = field(default_factory=list)
+    closed: Mapping[int, Closed] = field(default_factory=dict)
 
 
 _SESSION: ContextVar[AttentionSession | None] = ContextVar("mechicl_attention_session", default=None)
@@ -85,6 +101,8 @@ _SESSION: ContextVar[AttentionSession | None] = ContextVar("mechicl_attention_se
 def attention_session(session: AttentionSession, configs: list[Any]) -> Iterator[AttentionSession]:
     """Dispatch the models that own `configs` to mechicl's function until the block ends, also when it raises."""
     before = [config._attn_implementation for config in configs]
+    if (outer := _SESSION.get()) is not None and outer.closed:
+        session.closed = {**outer.closed, **session.closed}
     token = _SESSION.set(session)
     try:
         for config in configs:
@@ -115,7 +133,7 @@ def mechicl_attention(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         causal=bool(causal) and attention_mask is None and query.shape[2] > 1,
         terms={name: kwargs[name] for name in SCORE_TERMS if kwargs.get(name) is not None},
-        kwargs={**kwargs, "dropout": dropout, "is_causal": is_causal},
+        kwargs={**kwargs, "dropout": dropout, "is_causal": is_causal}, closed=None if session is None else session.closed.get(id(module)),
     )  # fmt: skip
     handler = None
     if session is not None:
@@ -139,13 +157,29 @@ def check_terms(call: AttentionCall) -> None:
 
 
 def fused(call: AttentionCall) -> Tensor:
-    """The heads' output by torch's fused kernel; explicit where the kernel cannot add what the family adds to the scores."""
+    """The heads' output by torch's fused kernel; explicit where the kernel cannot add what the family adds to the scores, and in rows with closed cells."""
+    if call.closed is not None:
+        return _without_closed(call, fused(replace(call, closed=None)), call.closed)
     if any(name in call.terms for name in ("softcap", "s_aux", "sinks")):
         return explicit_chunks(call)
     out, _ = sdpa_attention_forward(
         call.module, call.query, call.key, call.value, call.mask, scaling=call.scaling,
         **{k: v for k, v in call.kwargs.items() if k in ("dropout", "is_causal", "position_bias")},
     )  # fmt: skip
+    return out
+
+
+def _without_closed(call: AttentionCall, out: Tensor, closed: Closed) -> Tensor:
+    """The heads' output `out` [batch, dest, head, d_head] with the rows that have closed cells computed anew."""
+    check_terms(call)
+    where = closed.dest(call)
+    if not where.shape[1]:
+        return out
+    out = out.clone()
+    for chunk in row_chunks(call, where):
+        scores, allowed = rows(call, chunk)
+        new = combine(call, softmax(call, scores, allowed, chunk))
+        out = out.scatter(1, chunk[..., None, None].expand_as(new), new.to(out.dtype))
     return out
 
 
@@ -190,7 +224,8 @@ def rows(call: AttentionCall, dest: Tensor) -> tuple[Tensor, Tensor]:
         scores = scores + bias
     if (extra := call.terms.get("position_bias")) is not None:
         scores = scores + _take_rows(extra, dest, batch).float()
-    return scores, allowed[..., :n_src]
+    allowed = allowed[..., :n_src]
+    return scores, allowed if call.closed is None else call.closed(call, dest, allowed)
 
 
 def _take_rows(mask: Tensor, dest: Tensor, batch: int) -> Tensor:

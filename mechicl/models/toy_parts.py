@@ -22,13 +22,13 @@ class Setting:
     """What attention needs to know beside the stream, the same in every layer.
 
     Attributes:
-        allowed: Which positions may be read.
+        allowed: Which positions may be read, in all heads or in each.
         cos: RoPE's cosines of each position; None without RoPE.
         sin: Its sines.
         bias: ALiBi's penalties [batch or 1, head, dest, src]; None without ALiBi.
     """
 
-    allowed: Bool[Tensor, "#batch one dest src"]
+    allowed: Bool[Tensor, "#batch #head dest src"]
     cos: Float[Tensor, "#batch pos one half"] | None = None
     sin: Float[Tensor, "#batch pos one half"] | None = None
     bias: Float[Tensor, "#batch head dest src"] | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -233,7 +234,7 @@ def _hooked_attention(call: AttentionCall, points: Mapping[str, HookPoint | None
         if (point := points[name]) is not None:
             edited = point(given.transpose(1, 2)).transpose(1, 2)
             query, key = (edited, key) if name == "rot_q" else (query, edited)
-    call = AttentionCall(call.module, query, key, call.value, call.mask, call.scaling, call.causal, call.terms, call.kwargs)
+    call = replace(call, query=query, key=key)
     if extra is not None:
         extra(call)
     if points["attn_scores"] is None and points["pattern"] is None:
