@@ -193,11 +193,11 @@ def _run(model: Any, data: Data, by: Split, against: str, batch_size: int, names
             head.check(stream, logits)
         tokens, _ = first_tokens(batch.candidate_ids)
         weights = _weights(batch, head.logits(stream[:, None], tokens)[:, 0], against)
-        toward = torch.einsum("bl,blm->bm", weights, head.directions(tokens)) / head.scale(stream)
+        toward = torch.einsum("bl,blm->bm", weights, head.directions(tokens)) / head.norm.scale(stream)
         constant = (weights * head.constants(tokens)).sum(1)
-        value = torch.einsum("bpm,bm->bp", head.centred(found.value[:, 0]), toward)
+        value = torch.einsum("bpm,bm->bp", found.value[:, 0], toward)
         part_names, value = _with_constant(found.names, value, constant)
-        total = torch.einsum("bm,bm->b", head.centred(stream), toward) + constant
+        total = torch.einsum("bm,bm->b", stream, toward) + constant
         seen = sum(len(one) for one in totals)
         if not bool(torch.isfinite(total).all()):
             bad = [names[seen + int(i)] for i in (~torch.isfinite(total)).nonzero()[:5, 0]]
@@ -205,7 +205,7 @@ def _run(model: Any, data: Data, by: Split, against: str, batch_size: int, names
         parts.append((part_names, value.cpu()))
         totals.append(total.cpu().double().numpy())
         if sources is not None:
-            splits.append(sources.toward(head.centred_direction(toward)))
+            splits.append(sources.toward(toward))
             kinds |= set(present([sources.masks]))
     every = order([name for some, _ in parts for name in some])
     values = torch.cat([aligned(some, every, value, 1) for some, value in parts]).double().numpy()

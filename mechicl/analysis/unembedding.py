@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechicl.analysis.norms import FrozenNorm
 from mechicl.errors import UnsupportedModelError
-from mechicl.models.toy_parts import EPSILON, ToyNorm
 
 AGREE = 1e-3
 """Largest difference between logits made here and the model's own, as a share of their spread, in float32. Half precision: 0.05."""
@@ -26,7 +26,7 @@ class Unembedding:
         model: A hooked model.
 
     Raises:
-        UnsupportedModelError: the logits are not the final norm's output times a matrix (an MLP classifier, a LayerNorm with unknown parts).
+        UnsupportedModelError: the logits are not the final norm's output times a matrix (an MLP classifier, another norm).
     """
 
     def __init__(self, model: Any) -> None:
@@ -38,39 +38,7 @@ class Unembedding:
         self.model, self.cap = model, soft_cap(model)
         self.W_U: Tensor = model.W_U.detach()  # a view, in the model's dtype
         self.b_U: Tensor | None = getattr(model, "b_U", None)
-        norm = getattr(model, "ln_final", None)
-        self.weight = None if norm is None else norm.w.detach().float()
-        self.centre = isinstance(norm, ToyNorm) and norm.centred
-        self.shift: Tensor | None = norm.b.detach().float() if isinstance(norm, ToyNorm) and norm.centred else None
-        self.eps: float = getattr(norm, "eps", EPSILON)
-        if norm is not None:
-            probe = torch.linspace(-1, 2, cfg.d_model, device=self.W_U.device)[None, None]
-            theirs = norm(probe.to(self.W_U.dtype)).float()
-            if not torch.allclose(self.normed(probe), theirs, atol=0.05 if self.W_U.dtype != torch.float32 else 1e-4):
-                raise UnsupportedModelError(
-                    f"the final norm must be a root-mean-square norm; {type(getattr(norm, '_norm', (norm,))[0]).__name__} is another. Use model.trace (nnsight)."
-                )
-
-    def centred(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """Without its mean, where the norm takes it away (LayerNorm)."""
-        return x - x.mean(-1, keepdim=True) if self.centre else x
-
-    def centred_direction(self, toward: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """A direction whose product with any x is `toward`'s product with the centred x."""
-        return self.centred(toward)  # centring is a symmetric projection
-
-    def scale(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch one"]:
-        """What the final norm divides by."""
-        if self.weight is None:
-            return torch.ones_like(x[..., :1])
-        return (self.centred(x).pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
-
-    def normed(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """What the unembedding reads."""
-        if self.weight is None:
-            return x
-        out = self.centred(x) / self.scale(x) * self.weight
-        return out if self.shift is None else out + self.shift
+        self.norm = FrozenNorm(getattr(model, "ln_final", None), cfg.d_model, self.W_U, "the final norm")
 
     def columns(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch d_model"]:
         """Columns of the unembedding, without the norm's weight."""
@@ -83,18 +51,18 @@ class Unembedding:
         return self.b_U.detach().float()[tokens.to(self.W_U.device)]
 
     def directions(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch d_model"]:
-        """Directions of the stream that raise these tokens' logits, the norm's weight included; the norm's scale is still to be divided by."""
+        """Directions of the stream that raise these tokens' logits, the norm's weight and centring included; its scale is still to be divided by."""
         found = self.columns(tokens)
-        return found if self.weight is None else found * self.weight
+        return found if self.norm.weight is None else self.norm.centred(found * self.norm.weight)
 
     def constants(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         """The part of the logits that no stream changes: the norm's and the unembedding's biases."""
-        shifted = 0.0 if self.shift is None else self.columns(tokens) @ self.shift
+        shifted = 0.0 if self.norm.shift is None else self.columns(tokens) @ self.norm.shift
         return self.bias(tokens) + shifted
 
     def logits(self, stream: Float[Tensor, "batch n d_model"], tokens: Int[Tensor, "batch label"]) -> Float[Tensor, "batch n label"]:
         """Logits of each prompt's own tokens, before any soft-capping."""
-        return torch.einsum("bnm,blm->bnl", self.normed(stream), self.columns(tokens)) + self.bias(tokens)[:, None]
+        return torch.einsum("bnm,blm->bnl", self.norm(stream), self.columns(tokens)) + self.bias(tokens)[:, None]
 
     def capped(self, logits: Tensor) -> Tensor:
         """As the model gives them."""
@@ -106,7 +74,7 @@ class Unembedding:
         size = max(1, CHUNK_BYTES // (4 * weight.shape[1]))
         for start in range(0, len(stream), size):
             part = slice(start, min(start + size, len(stream)))
-            out = self.normed(stream[part]) @ weight
+            out = self.norm(stream[part]) @ weight
             yield part, self.capped(out if self.b_U is None else out + self.b_U.detach().float())
 
     def check(self, stream: Float[Tensor, "batch d_model"], logits: Float[Tensor, "batch vocab"]) -> float:

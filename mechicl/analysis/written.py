@@ -6,7 +6,7 @@ own dtype. Heads are parts by themselves only where a family adds their outputs 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -95,19 +95,23 @@ class Written:
             return self.kept[f"blocks.{layer}.hook_resid_pre"]
         return self.kept[f"blocks.{layer - 1}.hook_resid_post"]
 
-    def parts(self, layer: int | None = None) -> Parts:
-        """Everything written before `layer` (default: by the last layer followed). The biases of the heads' output projections are one part, "biases"."""
+    def pieces(self, layer: int | None = None) -> Iterator[tuple[list[str], Float[Tensor, "batch n part d_model"]]]:
+        """Everything written before `layer` (default: by the last layer followed), a layer at a time: names and vectors.
+
+        The biases of the heads' output projections are one part, "biases", the last.
+        """
         end = self.n_layers if layer is None else layer
-        found: dict[str, Tensor] = {"embed": self.kept["blocks.0.hook_resid_pre"]}
-        biases = torch.zeros_like(found["embed"])
+        embed = self.kept["blocks.0.hook_resid_pre"]
+        yield ["embed"], embed[:, :, None]
+        biases = torch.zeros_like(embed[0, 0])
         for k in range(end):
             before, after = self.kept[f"blocks.{k}.hook_resid_pre"], self.kept[f"blocks.{k}.hook_resid_post"]
             mid, z = self.kept.get(f"blocks.{k}.hook_resid_mid"), self.kept.get(f"blocks.{k}.attn.hook_z")
+            found: dict[str, Tensor] = {}
             if z is not None:
                 attn = self.model.blocks[k].attn
-                each = torch.einsum("bnhd,hdm->bnhm", z, attn.W_O.float())
-                found |= {f"{k}.{h}": each[:, :, h] for h in range(each.shape[2])}
-                biases = biases + _bias(attn, before)
+                yield [f"{k}.{h}" for h in range(z.shape[2])], torch.einsum("bnhd,hdm->bnhm", z, attn.W_O.detach().float())
+                biases = biases + _bias(attn, biases)
             if mid is not None:
                 found |= ({f"attn {k}": mid - before} if z is None else {}) | {f"mlp {k}": after - mid}
             elif z is None:  # no point between attention and MLP, or no MLP
@@ -115,17 +119,22 @@ class Written:
             entered = self.kept.get(f"blocks.{k + 1}.hook_resid_pre")
             if entered is not None and not torch.equal(entered, after):
                 found[f"added {k + 1}"] = entered - after
+            if found:
+                yield list(found), torch.stack(list(found.values()), 2)
         if bool((biases != 0).any()):
-            found["biases"] = biases
-        return Parts(tuple(found), torch.stack(list(found.values()), 2), self.stream(end))
+            yield ["biases"], biases.expand_as(embed)[:, :, None]
+
+    def parts(self, layer: int | None = None) -> Parts:
+        """The pieces together."""
+        found = list(self.pieces(layer))
+        names = tuple(name for some, _ in found for name in some)
+        return Parts(names, torch.cat([value for _, value in found], 2), self.stream(self.n_layers if layer is None else layer))
 
 
 def _bias(attn: Any, like: Tensor) -> Tensor:
     """The output projection's bias [d_model]; zero for toys, which have none."""
-    try:
-        return attn.b_O.float()
-    except AttributeError:
-        return like.new_zeros(like.shape[-1])
+    bias: Tensor | None = getattr(attn, "b_O", None)
+    return torch.zeros_like(like) if bias is None else bias.detach().float()
 
 
 def sender_of(name: str) -> Sender | None:
