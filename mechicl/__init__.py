@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mechicl.analysis.ablation import ablate, dose_curve
+    from mechicl.analysis.circuits import circuit_curve, evaluate_circuit, find_circuit
     from mechicl.analysis.heads import attention_by_role, score_heads
     from mechicl.analysis.icl import icl_accuracy
     from mechicl.analysis.patching import patch
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "circuit_curve": "mechicl.analysis.circuits",
+    "evaluate_circuit": "mechicl.analysis.circuits",
+    "find_circuit": "mechicl.analysis.circuits",
     "load": "mechicl.models.load",
     "HookedVLM": "mechicl.models.vlm",
     "Episode": "mechicl.prompts.episode",
@@ -40,7 +44,8 @@ _HOMES = {
 _MODULES = ("data", "prompts", "models", "analysis", "training", "views", "errors", "results")
 
 __all__ = [
-    "Episode", "HookedVLM", "Shot", "ablate", "attention_by_role", "dose_curve", "find_and_prove", "icl_accuracy", "load", "patch", "plot", "score_heads", "transplant",
+    "Episode", "HookedVLM", "Shot", "ablate", "attention_by_role", "circuit_curve", "dose_curve", "evaluate_circuit", "find_and_prove",
+    "find_circuit", "icl_accuracy", "load", "patch", "plot", "score_heads", "transplant",
 ]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from mechicl.results.circuits import (
     EdgeLoss,
     KindOverlap,
     MethodRecovery,
+    NodeGap,
 )
 from mechicl.results.heads import HeadScores, PromptView, RoleAttention, Score
 from mechicl.results.nodes import Edge, Receiver, Sender
@@ -59,6 +60,7 @@ __all__ = [
     "LogitAttribution",
     "LogitLens",
     "MethodRecovery",
+    "NodeGap",
     "PatchCost",
     "PatchEffects",
     "PathEffects",

@@ -44,6 +44,20 @@ class EdgeLoss:
 
 
 @dataclass(frozen=True, eq=False)
+class NodeGap:
+    """Completeness in the form of Wang et al. 2022: one node knocked out of the circuit and of the whole model.
+
+    A complete circuit falls as far as the model does. `circuit`, `model`: faithfulness without the node. `gap`: circuit minus model; below zero where the model has
+    something beside the circuit that takes over for the node (a backup).
+    """
+
+    node: str
+    circuit: Estimate
+    model: Estimate
+    gap: Estimate
+
+
+@dataclass(frozen=True, eq=False)
 class Circuit:
     """Edges that carry the behaviour, with the evidence, measured on pairs that did not choose them where `held_out`.
 
@@ -57,7 +71,8 @@ class Circuit:
         scores: What each edge was chosen by; NaN where nothing scored it.
         faithfulness: (circuit - corrupt) / (clean - corrupt), ratio of means over episodes, bootstrap interval. 1: as the whole model; 0: as the corrupt run.
         completeness: The same of the complement, the whole model without the circuit's edges: near 0 where nothing else does the work.
-        minimality: The loss of every edge, in the order of `edges`.
+        minimality: The loss of every edge, in the order of `edges`; empty for level "node", where `nodes` hold theirs.
+        gaps: Completeness node by node, in the form of Wang et al. 2022.
         random_low, random_mean, random_high: Faithfulness of random circuits of as many edges, matched by sender kind and layer; NaN without draws.
         p_random: Share of these (with the +1 correction) at least as faithful; NaN without draws.
         n_edges_possible: Edges of the whole graph.
@@ -100,8 +115,9 @@ class Circuit:
     provenance: Provenance
     name: str = ""
     notes: tuple[str, ...] = ()
+    gaps: tuple[NodeGap, ...] = ()
     shape: Mapping[str, Any] = field(default_factory=dict)
-    """n_layers, n_heads, n_key_value_heads, and mlps: which layers have one."""
+    """n_layers, n_heads, n_key_value_heads, mlps (whether layers have one)."""
 
     @property
     def n_edges(self) -> int:
