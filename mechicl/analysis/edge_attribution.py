@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mechicl.analysis.agreement import agree, choose
 from mechicl.analysis.differentiable import Part, Scored, gap, parts, score, share_interval
+from mechicl.analysis.edge_exact import edges_exactly
 from mechicl.analysis.edge_gradients import CHUNK_BYTES, START, Run, between_layers, gradients_at, received, sent, two_runs
 from mechicl.analysis.feed import progress_bar, provenance
 from mechicl.analysis.metrics import Metric
@@ -22,7 +23,6 @@ from mechicl.prompts.align import span_groups
 from mechicl.prompts.batch import Batch
 from mechicl.prompts.episode import Episode
 from mechicl.results import Agreement, Edge, EdgeScores
-from mechicl.results.nodes import feeds
 from mechicl.results.patching import Direction
 
 Method = Literal["EAP", "EAP-IG"]
@@ -226,12 +226,3 @@ def _agreement(
     return agree(
         [edge.name for edge in chosen], sign * changed.mean(0) / gap(*ends), [value[i, j] for i, j in where], drawn, n_possible=int((~np.isnan(value)).sum())
     )  # fmt: skip
-
-
-@torch.no_grad()
-def edges_exactly(
-    model: Any, pairs: Scored, edges: Sequence[Edge], direction: Direction, *, batch_size: int = 8, progress: bool = False
-) -> np.ndarray:
-    """Each edge alone taken from the other run, everything behind it computed anew: metric minus the start run's, [batch, edge]."""
-    assert all(feeds(edge.sender, edge.receiver) for edge in edges)
-    raise NotImplementedError

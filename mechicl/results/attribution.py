@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -202,8 +202,8 @@ class VectorEffect:
     """A vector added to the stream at the last token, where a layer begins.
 
     `prompts`: what it was added to ("zero-shot" or "labels shuffled"). `probability`: of the right label's first token; `accuracy`: share of episodes whose
-    right label is the likeliest candidate. `change_*`: against the same prompts without it, paired. `random_*` [draw]: the same change in probability for
-    random vectors of equal length and for vectors made of as many random heads; `p_random`: share of all these draws (with the +1 correction) that change
+    right label is the likeliest candidate. `change_*`: against the same prompts without it, paired. `random_vectors`, `random_heads` [draw]: the same change in probability for
+    random directions and for sums of as many random heads' means, all of the vector's length; `p_random`: share of all these draws (with the +1 correction) that change
     the probability at least as much.
     """
 
@@ -222,19 +222,25 @@ class VectorEffect:
 class FunctionVector:
     """The sum of some heads' mean outputs at the last token of clean prompts, as a vector of the residual stream.
 
-    `heads` (layer, head); `vector` [d_model]; `means` [head, d_model], each head's part; `effects`: what adding it does, layer by layer (empty until
-    `add_function_vector`); `baseline`: probability and accuracy without it, by prompts.
+    `heads` (layer, head); `vector` [d_model]; `head_means` [layer, head, d_model]: every head's mean, chosen or not (NaN where a layer has none);
+    `episode_ids`: the prompts that the means were taken over. `effects`: what adding it does, one entry for each (prompts, layer), empty until
+    `add_function_vector`; `baseline`: (probability, accuracy) without it, by prompts.
     """
 
     heads: tuple[Head, ...]
     vector: np.ndarray
-    means: np.ndarray
+    head_means: np.ndarray
+    episode_ids: tuple[str, ...]
     n: int
-    skipped: tuple[Skipped, ...]
     provenance: Provenance
     effects: tuple[VectorEffect, ...] = ()
-    baseline: Mapping[str, tuple[Estimate, Estimate]] | None = None
+    baseline: Mapping[str, tuple[Estimate, Estimate]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def length(self) -> float:
+        """Euclidean norm of the vector."""
+        return float(np.linalg.norm(self.vector))
 
     def to_frame(self) -> pd.DataFrame:
         """One row per (prompts, layer)."""
