@@ -169,7 +169,7 @@ def test_no_group_closes_nothing_and_changes_no_bit(organism: Organism) -> None:
         with blocked(model, [Block(torch.zeros_like(none), none)]):
             unread = model(inputs)
         assert torch.equal(closed, model(inputs))
-        assert torch.allclose(unread, closed, atol=1e-6)
+        assert torch.allclose(unread, closed, atol=1e-5)  # every row computed anew: the kernel sums in another order
     assert tally.cells == 0
 
 

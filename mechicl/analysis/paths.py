@@ -1,0 +1,185 @@
+"""`path_patch`: what a single edge carries, from one part of the model to one other, and to nobody else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import numpy as np
+from torch import Tensor
+
+from mechicl.analysis.feed import progress_bar, provenance
+from mechicl.analysis.metrics import Metric, contrast
+from mechicl.analysis.patching import Correction, _gap, _sides
+from mechicl.analysis.path_runs import Freeze, Runs
+from mechicl.analysis.statistics import benjamini_hochberg, holm, ratio_interval, sign_flip_p
+from mechicl.errors import OptionError
+from mechicl.models.edge_graph import EdgeGraph
+from mechicl.prompts.align import align, span_groups
+from mechicl.prompts.batch import Batch
+from mechicl.prompts.corrupt import Pairs
+from mechicl.prompts.episode import Episode
+from mechicl.results.nodes import Receiver, Sender, feeds
+from mechicl.results.patching import Direction
+from mechicl.results.paths import PathEffects
+
+Node = Sender | Receiver
+
+
+def path_patch(
+    model: Any,
+    clean: Batch | Pairs | Sequence[Episode],
+    corrupt: Batch | Sequence[Episode] | None = None,
+    senders: Sequence[Sender | str] | str | None = None,
+    receivers: Sequence[Receiver | str] | str | None = None,
+    *,
+    metric: Metric = "logit_diff",
+    direction: Direction | str = "noise",
+    freeze: Freeze | str = "all",
+    spans: Sequence[str] | str | None = None,
+    correction: Correction | str = "holm",
+    n_permutations: int = 10_000,
+    seed: int = 0,
+    batch_size: int = 16,
+    task: str = "",
+    progress: bool = True,
+) -> PathEffects:
+    """Exchange one sender's output in what one receiver reads, for every pair of them.
+
+    The receiver reads the start run's stream plus (the sender's output in the other run minus in the start run); its norm is recomputed on that stream. Nobody
+    else sees the change; everything after the receiver is computed anew. With grouped-query attention there is one receiver k and one v for each key/value head, so
+    that its whole group of heads is affected. The embeddings are one sender, pictures included (DeepStack's later additions count as theirs from the layer that they
+    enter). Positions stay together: a sender is exchanged at all of them.
+
+    Read the size of an effect with two things in mind. It is the edge's alone: parts that work together (a conjunction) show nothing when only one of them is restored,
+    so noising finds the edges that are needed and denoising those that suffice. And a change far from anything the model has seen may do more than it would
+    within a prompt; compare freeze="heads".
+
+    Args:
+        model: A `HookedVLM`, or anything with the surface of `HookedModel`, whose heads' outputs are summands of the stream.
+        clean: Pairs, or the clean prompts.
+        corrupt: The corrupt prompts, row by row as long; None with Pairs.
+        senders: Senders or their names ("embed", "1.3", "mlp 0"); None or "all" for all.
+        receivers: Receivers or their names ("q 1.3", "k 1.0", "mlp 1", "logits"); None for the logits (the direct effect), "all" for all: as many runs as there are edges.
+        metric: As in `patch`.
+        direction: "noise": start clean, take senders from the corrupt run; "denoise": the other way round.
+        freeze: "all": the edge itself, everything between sender and receiver keeps its output. "heads": MLPs between them are computed anew.
+        spans: Names of groups of tokens (`prompts.align.span_groups`; also by shot) at which receivers see the change; None for all. Keys and values are seen where they
+            stand, queries where they ask.
+        correction: "holm" (family-wise) or "fdr_bh", over all edges.
+        n_permutations: Sign flips drawn for p.
+        seed: Of intervals and permutations.
+        batch_size: Prompts that are recorded at once.
+        task: For the record.
+        progress: Show a bar.
+
+    Returns:
+        PathEffects.
+
+    Raises:
+        OptionError: an option, a sender, a receiver or a span that does not exist.
+        EpisodeError: pairs that do not match token for token, or whose runs do not differ in the metric.
+        UnsupportedModelError: heads are not summands of the stream, or a part cannot be called by itself; says why.
+
+    Source:
+        Wang et al. 2023 (path patching), Goldowsky-Dill et al. 2023. Differs: intervals, permutation p; the strict edge is the default.
+    """
+    graph = EdgeGraph.of(model)
+    direction, frozen = _choice("direction", direction, Direction), _choice("freeze", freeze, Freeze)
+    correction = _choice("correction", correction, Correction)
+    if batch_size < 1 or n_permutations < 1:
+        raise OptionError(
+            f"batch_size and n_permutations must be at least 1; got {batch_size} and {n_permutations}. Choose larger numbers."
+        )
+    chosen = _named(senders, graph.senders, "sender")
+    asked = _named(("logits",) if receivers is None else receivers, graph.receivers, "receiver")
+    first, second, how, skipped = _sides(model, clean, corrupt)
+    measured, rows, unscored, notes = contrast(metric, first, second)
+    if len(rows) < first.n:
+        first, second = first.select(rows), second.select(rows)
+    align(first, second, None, names=("clean", "corrupt"))
+    mask = _mask(first, spans)
+    size = max(1, batch_size // measured.blocks)
+    parts = [list(range(k, min(k + size, first.n))) for k in range(0, first.n, size)]
+    edges = sum(feeds(s, r) for s in chosen for r in asked)
+    bar = progress_bar(None, total=edges * len(parts), what="patching paths", show=progress)
+    raws, ends = [], []
+    for part in parts:
+        sides = [side if len(parts) == 1 else side.select(part) for side in (first, second)]
+        runs, *both = Runs.of(
+            model, measured.take(part), sides[0], sides[1], direction, None if mask is None else _rows(mask, part, sides[0])
+        )
+        raws.append(runs.effects(chosen, asked, frozen, bar.update))
+        ends.append(both)
+        notes += [note for note in runs.start.notes if note not in notes]
+    bar.close()
+    options = {"direction": direction, "metric": measured.name, "freeze": freeze, "spans": spans, "correction": correction, "n_permutations": n_permutations,
+               "batch_size": batch_size, "pairs": how}  # fmt: skip
+    raw, (is_clean, is_corrupt) = np.concatenate(raws), [np.concatenate([pair[k] for pair in ends]) for k in (0, 1)]
+    notes += _gap(is_clean, is_corrupt, measured.unit, seed)
+    least = max(1 / (n_permutations + 1), 2.0 ** (1 - len(raw)))
+    if correction == "holm" and least * edges > 0.05:
+        notes.append(
+            f"With {len(raw)} pairs and {n_permutations} permutations no p is below {least:.2g}, so none of {edges} edges can be significant after Holm."
+        )
+    value, low, high, p = _statistics(raw, is_clean, is_corrupt, direction, n_permutations, seed)
+    return PathEffects(
+        senders=chosen, receivers=asked, value=value, low=low, high=high, p=p, p_corrected=holm(p) if correction == "holm" else benjamini_hochberg(p),
+        raw=raw, clean=is_clean, corrupt=is_corrupt, metric=measured.name, unit=measured.unit, direction=direction, freeze=frozen, pairs=how, n=len(raw),
+        provenance=provenance(model, task=task, seed=seed, options=options), correction=correction, skipped=(*skipped, *unscored), notes=tuple(notes),
+        places="all positions" if spans is None else spans if isinstance(spans, str) else ", ".join(spans),
+    )  # fmt: skip
+
+
+def _statistics(
+    raw: np.ndarray, clean: np.ndarray, corrupt: np.ndarray, direction: str, n_permutations: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Share of the difference with its interval, and p, [sender, receiver]; NaN where there is no edge."""
+    gap, start = clean - corrupt, corrupt if direction == "denoise" else clean
+    above = raw - corrupt[:, None, None]
+    low, high = ratio_interval(above, gap, seed=seed)
+    rounding = max(1e-5 * float(np.abs(gap).mean()), 2e-6 * float(np.abs(start).max()))
+    p = sign_flip_p(raw - start[:, None, None], n_draws=n_permutations, seed=seed, tie=rounding)
+    return above.mean(0) / gap.mean(), low, high, p
+
+
+def _choice(name: str, value: str, allowed: Any) -> Any:
+    if value not in get_args(allowed):
+        raise OptionError(f"{name} must be one of {', '.join(get_args(allowed))}; got {value!r}. Choose one.")
+    return value
+
+
+def _named(given: Any, existing: tuple[Any, ...], what: str) -> tuple[Any, ...]:
+    """Nodes by themselves or by name, in the order of execution."""
+    if given is None or given == "all":
+        return existing
+    given = [given] if isinstance(given, str | Sender | Receiver) else list(given)
+    names = {node.name: node for node in existing}
+    found = [names.get(one, one) if isinstance(one, str) else one for one in given]
+    wrong = [one for one in found if one not in existing]
+    if wrong or not found:
+        got = repr(wrong[0] if isinstance(wrong[0], str) else wrong[0].name) if wrong else "none"
+        raise OptionError(
+            f"{what}s must be among the model's {len(existing)} ({existing[0].name} ... {existing[-1].name}); got {got}. See EdgeGraph.of(model)."
+        )
+    return tuple(node for node in existing if node in found)
+
+
+def _mask(batch: Batch, spans: Sequence[str] | str | None) -> Tensor | None:
+    """Tokens of the named groups [batch, pos]."""
+    if spans is None:
+        return None
+    groups = {**span_groups(batch, "shot"), **span_groups(batch, "span")}
+    names = [spans] if isinstance(spans, str) else list(spans)
+    for name in names:
+        if name not in groups:
+            raise OptionError(f"spans must be among {', '.join(groups)}; got {name!r}. Choose groups that the prompts have.")
+    found = groups[names[0]].clone()
+    for name in names[1:]:
+        found |= groups[name]
+    return found
+
+
+def _rows(mask: Tensor, rows: Sequence[int], batch: Batch) -> Tensor:
+    """The mask of some prompts, which may have been padded anew."""
+    return mask[list(rows), -batch.n_pos :]
