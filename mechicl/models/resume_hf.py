@@ -29,7 +29,7 @@ Called = tuple[tuple[Any, ...], Mapping[str, Any]]
 """Arguments of a layer beside the stream, by place and by name."""
 
 
-class _Held(Exception):  # noqa: N818 - not an error: it ends a layer whose keys and values are all that is needed
+class _Held(Exception):
     pass
 
 
@@ -71,7 +71,7 @@ class VLMRunner(Runner):
         self._at = 0  # first position of the running layer: the pass's start, or later in a trimmed last layer
         self._keys_only = False
         self._held: KeysValues | None = None
-        self._cut: dict[tuple[int, int], tuple[Any, Any]] = {}
+        self._cut: dict[tuple[int, int, bool], tuple[Any, Any]] = {}
 
     def reaches(self, layer: int) -> bool:
         """Whether the running pass gets to the layer."""
@@ -181,7 +181,7 @@ class VLMRunner(Runner):
     def _arranged(self, path: str, value: Any) -> Any:
         """An argument for the running pass: its positions, its copies. The same tensor is arranged once for all layers."""
         if isinstance(value, Tensor):
-            key = (id(value), self._at)
+            key = (id(value), self._at, self._keys_only)
             if key not in self._cut:
                 self._cut[key] = (value, self._arrange(self.roles[path], value))
             return self._cut[key][1]

@@ -120,7 +120,7 @@ def _judged(
     return Found(logits, runner, pre, mids, starts if verdict.prefix else [0] * n_pos, "resumed", list(verdict.notes))
 
 
-class _watched:  # noqa: N801 - used as a context manager
+class _watched:
     """Torch hooks on the decoder's layers for one forward pass."""
 
     def __init__(self, model: Any, run: _Run) -> None:
@@ -311,7 +311,8 @@ def _inside(model: Any, runner: VLMRunner, layer: int, limit: float) -> bool:
     part = model.anatomy.layers[layer]
     if not runner.enters_inside(layer) or part.o_proj is None or f"blocks.{layer}.attn.hook_z" not in model.hook_dict:
         return False
-    want = runner.pre[layer + 1] if runner.additions[layer + 1] is None else runner.pre[layer + 1] - runner.additions[layer + 1]
+    extra = runner.additions[layer + 1]
+    want = runner.pre[layer + 1] if extra is None else runner.pre[layer + 1] - extra
     try:
         job = Pass(layer, "z", 0, runner.z(layer), 1)
         with runner.connected(job):

@@ -160,17 +160,27 @@ def _noting(name: str, edit: Edit, fired: set[str]) -> Callable[..., Tensor]:
     return hook
 
 
-def row_edit(name: str, edits: Sequence[tuple[int, int, Edit]], n: int, *, inner: bool = True) -> Edit:
+def has_positions(model: Any, name: str) -> bool:
+    """Whether a hook point has the sequence's positions: keys and values of cross-attention, features and the vision tower have not."""
+    words = name.split(".")
+    if words[0] != "blocks":
+        return name in ("hook_embed", "hook_pos_embed")
+    anatomy = getattr(model, "anatomy", None)
+    return anatomy is None or not (anatomy.layers[int(words[1])].cross and words[-1] in ("hook_k", "hook_v", "hook_rot_k"))
+
+
+def row_edit(model: Any, name: str, edits: Sequence[tuple[int, int, Edit]], n: int, *, inner: bool = True) -> Edit:
     """One function for a pass out of its copies' own edits.
 
     Args:
+        model: The model.
         name: The hook point.
         edits: For each edited copy: its number, how many of the pass's positions lie before the cell's start, and its edit.
         n: Parts of the first axis: prompts where copies are its inner part; copies where they are the outer one.
         inner: Which of the two.
     """
     axis = 2 if name.endswith(HEADS_FIRST) else 1
-    per_position = name.startswith("blocks.") or name in ("hook_embed", "hook_pos_embed")
+    per_position = has_positions(model, name)
 
     def edit(x: Tensor) -> Tensor:
         out = x.clone()
