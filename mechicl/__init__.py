@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mechicl.analysis.ablation import ablate, dose_curve
     from mechicl.analysis.circuits import circuit_curve, evaluate_circuit, find_circuit
+    from mechicl.analysis.direct_logits import direct_logits
+    from mechicl.analysis.head_circuits import head_circuits
     from mechicl.analysis.heads import attention_by_role, score_heads
     from mechicl.analysis.icl import icl_accuracy
+    from mechicl.analysis.logit_lens import logit_lens
     from mechicl.analysis.patching import patch
     from mechicl.analysis.study import find_and_prove
     from mechicl.analysis.transplant import transplant
@@ -36,6 +39,9 @@ _HOMES = {
     "icl_accuracy": "mechicl.analysis.icl",
     "ablate": "mechicl.analysis.ablation",
     "dose_curve": "mechicl.analysis.ablation",
+    "direct_logits": "mechicl.analysis.direct_logits",
+    "logit_lens": "mechicl.analysis.logit_lens",
+    "head_circuits": "mechicl.analysis.head_circuits",
     "find_and_prove": "mechicl.analysis.study",
     "patch": "mechicl.analysis.patching",
     "transplant": "mechicl.analysis.transplant",
@@ -44,8 +50,9 @@ _HOMES = {
 _MODULES = ("data", "prompts", "models", "analysis", "training", "views", "errors", "results")
 
 __all__ = [
-    "Episode", "HookedVLM", "Shot", "ablate", "attention_by_role", "circuit_curve", "dose_curve", "evaluate_circuit", "find_and_prove",
-    "find_circuit", "icl_accuracy", "load", "patch", "plot", "score_heads", "transplant",
+    "Episode", "HookedVLM", "Shot", "ablate", "attention_by_role", "circuit_curve", "direct_logits", "dose_curve", "evaluate_circuit",
+    "find_and_prove", "find_circuit", "head_circuits", "icl_accuracy", "load", "logit_lens", "patch", "plot", "score_heads",
+    "transplant",
 ]  # fmt: skip
 
 

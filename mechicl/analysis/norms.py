@@ -35,7 +35,9 @@ class FrozenNorm:
         probe = torch.linspace(-1, 2, d_model, device=like.device)[None, None]
         with torch.no_grad():
             theirs = norm(probe.to(like.dtype)).float()
-        if not torch.allclose(self(probe), theirs, atol=1e-4 if like.dtype == torch.float32 else 0.05, rtol=1e-4 if like.dtype == torch.float32 else 0.02):
+        if not torch.allclose(
+            self(probe), theirs, atol=1e-4 if like.dtype == torch.float32 else 0.05, rtol=1e-4 if like.dtype == torch.float32 else 0.02
+        ):
             kind = type(getattr(norm, "_norm", (norm,))[0]).__name__
             raise UnsupportedModelError(f"{name} must be a root-mean-square norm; {kind} is another. Use model.trace (nnsight).")
 

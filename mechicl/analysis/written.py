@@ -80,13 +80,14 @@ class Written:
             names += [f"blocks.{layer}.{point}" for point in ("hook_resid_mid", "attn.hook_z") if self._wanted(layer, point)]
         if self.n_layers < self.model.cfg.n_layers:
             names.append(f"blocks.{self.n_layers}.hook_resid_pre")
-        return [(name, self._keep) for name in names]
+        return [(name, self.keep) for name in names]
 
     def _wanted(self, layer: int, point: str) -> bool:
         there = f"blocks.{layer}.{point}" in self.model.hook_dict
         return there and (point != "attn.hook_z" or self.by == "component")
 
-    def _keep(self, x: Tensor, hook: Any) -> None:
+    def keep(self, x: Tensor, hook: Any) -> None:
+        """Hook function: keep what passes, at the positions."""
         self.kept[hook.name] = at(x.detach(), self.positions)
 
     def stream(self, layer: int) -> Float[Tensor, "batch n d_model"]:
