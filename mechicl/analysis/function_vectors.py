@@ -207,7 +207,7 @@ def function_vector(
     if np.isnan(vector).any():
         raise OptionError("heads must be in layers with softmax attention; got one without an output. Choose others.")
     return FunctionVector(
-        heads=chosen, vector=vector, head_means=means, episode_ids=tuple(ids_of(episodes)), n=len(episodes),
+        heads=chosen, vector=vector, head_means=means, episode_ids=tuple(ids_of(episodes)), n=len(episodes), skipped=(),
         provenance=provenance(model, task=task, seed=None, options={"heads": [list(head) for head in chosen], "batch_size": batch_size}),
     )  # fmt: skip
 

@@ -230,12 +230,13 @@ class FunctionVector:
     heads: tuple[Head, ...]
     vector: np.ndarray
     head_means: np.ndarray
-    episode_ids: tuple[str, ...]
     n: int
+    skipped: tuple[Skipped, ...]
     provenance: Provenance
     effects: tuple[VectorEffect, ...] = ()
     baseline: Mapping[str, tuple[Estimate, Estimate]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    episode_ids: tuple[str, ...] = ()
 
     @property
     def length(self) -> float:
