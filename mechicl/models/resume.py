@@ -274,7 +274,7 @@ def _run(recorded: Recorded, plans: Sequence[_Plan]) -> list[tuple[int, Tensor]]
     if first.full:
         logits = run_in_full(recorded, [plan.cell for plan in plans], edits)
         return [(plan.index, logits[copy]) for copy, plan in enumerate(plans)]
-    hooks = {name: row_edit(recorded.model, name, some, n) for name, some in edits.items()}
+    hooks = {name: row_edit(recorded.model, name, some, n, copies) for name, some in edits.items()}
     stream = _entering(recorded, first, [plan.cell for plan in plans])
     logits = recorded.runner.run(Pass(first.layer, first.at, start, stream, copies, hooks)).unflatten(0, (n, copies))
     return [(plan.index, logits[:, copy]) for copy, plan in enumerate(plans)]

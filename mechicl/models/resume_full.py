@@ -32,7 +32,7 @@ def run_in_full(recorded: Recorded, cells: Sequence[Cell], edits: Mapping[str, l
         every.setdefault(name, []).extend(some)
     hooks = []
     for name, some in every.items():
-        edit = row_edit(recorded.model, name, some, copies, inner=False)
+        edit = row_edit(recorded.model, name, some, n, copies, inner=False)
         hooks.append((name, lambda x, *, hook, edit=edit: edit(x)))
     with torch.no_grad():
         out = recorded.model.run_with_hooks(

@@ -200,8 +200,10 @@ class VLMRunner(Runner):
         if len(places) > 1:  # a mask: attention lays the copies beside each other and needs it once
             return x
         for axis, role in enumerate(roles):
-            if role == "batch":
+            if role == "batch" and x.shape[axis] == len(self.positions):
                 x = per_row(x, self._job.copies, axis)
+            elif role == "batch":  # several entries per prompt, as of pictures
+                x = per_row(x.unflatten(axis, (len(self.positions), -1)), self._job.copies, axis).flatten(axis, axis + 1)
         return x
 
 

@@ -169,29 +169,31 @@ def has_positions(model: Any, name: str) -> bool:
     return anatomy is None or not (anatomy.layers[int(words[1])].cross and words[-1] in ("hook_k", "hook_v", "hook_rot_k"))
 
 
-def row_edit(model: Any, name: str, edits: Sequence[tuple[int, int, Edit]], n: int, *, inner: bool = True) -> Edit:
+def row_edit(model: Any, name: str, edits: Sequence[tuple[int, int, Edit]], n: int, copies: int, *, inner: bool = True) -> Edit:
     """One function for a pass out of its copies' own edits.
 
     Args:
         model: The model.
         name: The hook point.
         edits: For each edited copy: its number, how many of the pass's positions lie before the cell's start, and its edit.
-        n: Parts of the first axis: prompts where copies are its inner part; copies where they are the outer one.
-        inner: Which of the two.
+        n: Prompts.
+        copies: Copies of every prompt.
+        inner: Copies are the inner part of the first axis; False: the outer one.
     """
     axis = 2 if name.endswith(HEADS_FIRST) else 1
     per_position = has_positions(model, name)
 
     def edit(x: Tensor) -> Tensor:
         out = x.clone()
-        split = out.unflatten(0, (n, -1))
         for copy, offset, one in edits:
-            rows = split[:, copy] if inner else split[copy]
-            if offset and per_position:
-                rows = rows.narrow(axis, offset, x.shape[axis] - offset)
-            edited = one(rows)
-            if edited is not None and edited is not rows:
-                rows.copy_(edited)
+            rows = out.unflatten(0, (n, copies, -1))[:, copy] if inner else out.unflatten(0, (copies, -1))[copy]
+            mine = rows.flatten(0, 1) if inner else rows  # with several entries per prompt (tiles of pictures) a copy, else a view
+            given = mine.narrow(axis, offset, x.shape[axis] - offset) if offset and per_position else mine
+            edited = one(given)
+            if edited is not None and edited is not given:
+                given.copy_(edited)
+            if inner and rows.shape[1] > 1:
+                rows.copy_(mine.unflatten(0, (n, -1)))
         return out
 
     return edit
