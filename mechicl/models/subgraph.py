@@ -197,7 +197,7 @@ class _Block:
         active = self.masks[chosen][:, together].any((1, 2))
         chosen = chosen[active]
         q, k, v = (self._read(kind, layer, rows[kind], chosen) for kind in ("q", "k", "v"))
-        z = self.runs.attention(layer, q, k, v).float() - self.runs.replaced.z[layer]
+        z = self.runs.attention(layer, q, k, v)[:, :, self.runs.start :].float() - self.runs.replaced.z[layer]
         change = streams.head_outputs(self.model, layer, z.to(self.dtype)).float()
         row = np.where(active, np.cumsum(active) - 1, -1)[self.state]
         for head in range(self.graph.n_heads):
@@ -206,7 +206,7 @@ class _Block:
                 self.changes[column] = (change[..., head, :], row)
 
     def _read(self, kind: Literal["q", "k", "v"], layer: int, rows: list[int], chosen: np.ndarray) -> Tensor:
-        """What the receivers of one kind hold, [state, n, pos, head, d_head]; those with the same edges are read once."""
+        """What the receivers of one kind hold, [state, n, every pos, head, d_head]; those with the same edges are read once."""
         held = self.runs.held[layer, kind]
         out = held.expand(len(chosen), *held.shape).clone()
         masks = self.masks[chosen][:, rows]
@@ -218,7 +218,7 @@ class _Block:
         stream = self._sum(self.runs.replaced.pre[layer], masks[state[first], head[first]], chosen[state[first]])
         value = streams.read(self.model, layer, kind, stream.flatten(0, 1).to(self.dtype)).unflatten(0, stream.shape[:2]).float()
         to = [torch.as_tensor(x, device=out.device) for x in (state, head, which.ravel())]
-        out[to[0], :, :, to[1]] = value[to[2], :, :, to[1]]
+        out[:, :, self.runs.start :][to[0], :, :, to[1]] = value[to[2], :, :, to[1]]
         return out.to(self.dtype)
 
     def _mlp(self, layer: int) -> None:
@@ -244,8 +244,7 @@ class _Block:
             change, row = self.changes[int(column)]
             source = row[sets[rows]]
             rows, source = (torch.as_tensor(x[source >= 0], device=out.device) for x in (rows, source))
-            some = change[source]
-            out[rows] += self._at(some) if asked else some
+            out[rows] += (self._at(change) if asked else change)[source]
         return out
 
     def _at(self, x: Tensor) -> Tensor:

@@ -38,7 +38,10 @@ class Replaced:
 
 @dataclass(eq=False)
 class PairedRuns:
-    """Both runs of a few pairs, ready for any number of sets of edges. `where`: positions of the logits [n, k]."""
+    """Both runs of a few pairs, ready for any number of sets of edges.
+
+    Positions before `start` are the same in both runs: everything but `held` begins there. `where`: positions of the logits [n, k], counted from there.
+    """
 
     model: Any
     graph: EdgeGraph
@@ -46,8 +49,9 @@ class PairedRuns:
     replaced: Replaced
     entered: list[Tensor]
     where: Tensor
+    start: int
     held: dict[tuple[int, str], Tensor] = field(default_factory=dict)
-    """(layer, "q" | "k" | "v") -> what receivers without any edge hold, [n, pos, heads of that kind, d_head]."""
+    """(layer, "q" | "k" | "v") -> what receivers without any edge hold, [n, pos, heads of that kind, d_head], every position."""
 
     @property
     def n(self) -> int:
@@ -81,7 +85,7 @@ def paired_runs(model: Any, clean: Batch, corrupt: Batch, where: Tensor, *, mean
     check_alike(clean, corrupt)
     ours, attention = Attention(model, clean.n), Attention(model, clean.n)
     with ours.listen():
-        entered = _entered(_cache(model, graph, clean, whole=False), graph)
+        clean_cache = _cache(model, graph, clean, whole=False)
     with attention.listen():
         cache = _cache(model, graph, corrupt, whole=True)
     if ours.differs(attention):
@@ -90,15 +94,32 @@ def paired_runs(model: Any, clean: Batch, corrupt: Batch, where: Tensor, *, mean
             "them. Make pairs that keep the layout (and pictures of one size)."
         )
     replaced = _replaced(cache, graph) if mean is None else mean.map(lambda x: x[:, -corrupt.n_pos :])
-    runs = PairedRuns(model, graph, attention, replaced, entered, where.to(replaced.pre[0].device))
+    start, n_pos = (_first_difference(clean_cache, cache, graph) if mean is None else 0), clean.n_pos
+
+    def cut(x: Tensor) -> Tensor:
+        return x[:, start:].clone() if start and x.shape[1] == n_pos else x
+
+    own, replaced, entered = replaced, replaced.map(cut), [cut(x) for x in _entered(clean_cache, graph)]
+    runs = PairedRuns(model, graph, attention, replaced, entered, where.to(entered[0].device) - start, start)
     for layer in range(graph.n_layers):
         q, k, v, z = (cache[f"blocks.{layer}.attn.hook_{kind}"] for kind in "qkvz")
         attention.check(layer, q, k, v, z)
         for kind, value in (("q", q), ("k", k), ("v", v)):
             if mean is not None:
-                value = streams.read(model, layer, kind, replaced.pre[layer].to(value.dtype))
+                value = streams.read(model, layer, kind, own.pre[layer].to(value.dtype))
             runs.held[layer, kind] = value.float().expand(clean.n, *value.shape[1:])
     return runs
+
+
+def _first_difference(clean: Any, corrupt: Any, graph: EdgeGraph) -> int:
+    """First position where the stream of any layer differs between the runs.
+
+    Before it nothing differs in any set of edges either: with causal attention because it looks back; where some tokens see later ones (pictures, whole
+    prompts), these show the difference in the layers behind.
+    """
+    names = [f"blocks.{layer}.hook_resid_{end}" for layer in range(graph.n_layers) for end in ("pre", "post")]
+    apart = torch.stack([(clean[name] != corrupt[name]).any(-1).any(0) for name in names]).any(0)
+    return int(apart.float().argmax()) if bool(apart.any()) else len(apart) - 1
 
 
 def check_alike(clean: Batch, corrupt: Batch) -> None:
