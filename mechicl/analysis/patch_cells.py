@@ -153,6 +153,9 @@ def _site(
     axes: list[str] = []
     coords: dict[str, tuple[Any, ...]] = {}
     usable, notes = _layers(model, site, layers)
+    if site in "kv" and by != "head" and (cross := [layer for layer in usable if _cross(model, layer)]):
+        usable = [layer for layer in usable if layer not in cross]
+        notes.append(f"{site} of layers {cross} is left out: these layers read pictures, not the prompt's tokens (by='head' patches them).")
     if site not in INPUTS:
         axes.append("layer")
         coords["layer"] = tuple(usable)
@@ -186,6 +189,11 @@ def _site(
     if not patches:
         raise OptionError(f"layers and heads must leave a cell of {site}; none is left. Choose others.")
     return SitePlan(tuple(axes), coords, tuple(patches)), notes
+
+
+def _cross(model: Any, layer: int) -> bool:
+    parts = getattr(getattr(model, "anatomy", None), "layers", None)
+    return parts is not None and parts[layer].cross
 
 
 def _wanted(model: Any, site: str, layer: int, head: int, heads: Sequence[Head] | None) -> bool:
@@ -268,7 +276,10 @@ class Chunk:
             mask = mask & self.alignment.known
         if patch.site == "image_features":
             mask = mask & self.pictures
-        found = [Edit(patch.hook, mask, self.value(patch.hook), patch.head)]
+        value = self.value(patch.hook)
+        if patch.site in "kv" and value.shape[1] != mask.shape[1]:  # a layer that reads pictures: all their tokens
+            mask = torch.ones(value.shape[:2], dtype=torch.bool)
+        found = [Edit(patch.hook, mask, value, patch.head)]
         if patch.site in STATES:
             found += [
                 Edit(hook_name("resid_pre", layer), mask, added, add=True) for layer, added in self.additions.items() if layer > patch.layer

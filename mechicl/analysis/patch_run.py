@@ -5,20 +5,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mechicl.analysis.metrics import Contrast
-from mechicl.analysis.patch_cells import EVERYTHING, STATES, Chunk, Patch, hook_name, keep, run_naive
+from mechicl.analysis.patch_cells import EVERYTHING, STATES, Chunk, Patch, hook_name, keep
+from mechicl.analysis.patch_engine import Base, Engine, additions, make_base, stack_hooks
 from mechicl.errors import EpisodeError, UnsupportedModelError
 from mechicl.prompts.align import Align, By, align, span_groups
 from mechicl.prompts.batch import Batch
 from mechicl.results.patching import Direction
-
-Engine = Literal["resume", "naive"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +38,8 @@ class Recorded:
 
     sweep: Sweep
     chunk: Chunk
+    base: Base
     donor: Batch
-    positions: Tensor
     read: Callable[[Tensor], np.ndarray]
     clean: np.ndarray
     corrupt: np.ndarray
@@ -53,9 +52,7 @@ class Recorded:
             names = [hook]
             _, kept = keep(self.sweep.model, self.donor, names, self.donor_positions)
             self.chunk.donor |= kept
-        together = max(1, self.sweep.batch_size // self.chunk.base.n)
-        cells = [self.chunk.edits(patch) for patch in patches]
-        found = run_naive(self.sweep.model, self.chunk.base, cells, self.positions, self.read, together=together)
+        found = self.base.run([self.chunk.edits(patch) for patch in patches], self.read)
         return np.stack(found, 1)
 
     @property
@@ -66,7 +63,7 @@ class Recorded:
     @property
     def gigabytes(self) -> float:
         """Activations that are held."""
-        return sum(value.numel() * value.element_size() for value in self.chunk.donor.values()) / 1e9
+        return self.base.gigabytes + sum(value.numel() * value.element_size() for value in self.chunk.donor.values()) / 1e9
 
 
 def record(sweep: Sweep, contrast: Contrast, clean: Batch, corrupt: Batch, patches: Sequence[Patch]) -> Recorded:
@@ -86,26 +83,24 @@ def record(sweep: Sweep, contrast: Contrast, clean: Batch, corrupt: Batch, patch
         masks = {name: matched.apply(mask[..., None])[..., 0] for name, mask in masks.items()}
     real = torch.stack(list(span_groups(base).values())).any(0).cpu()
     chunk = Chunk(base, masks, real, matched)
-    positions, donor_positions = contrast.positions(base), contrast.positions(donor)
-    hooks = [patch.hook for patch in patches if not patch.hook.endswith("pattern")]
-    towers = any(patch.site == "vision" for patch in patches)
+    donor_positions = contrast.positions(donor)
+    hooks = list(dict.fromkeys(patch.hook for patch in patches if not patch.hook.endswith("pattern")))
     stacked = added_layers(model) if any(patch.site in STATES for patch in patches) else []
-    ends = [hook_name(site, layer - (site == "resid_post")) for layer in stacked for site in ("resid_pre", "resid_post")]
-    tower_hooks = [patch.hook for patch in patches if patch.site == "vision"]
-    base_logits, base_kept = keep(model, base, [*ends, *tower_hooks], positions)
-    donor_logits, donor_kept = keep(model, donor, [*hooks, *ends], donor_positions)
-    for layer in stacked:
-        pre, post = hook_name("resid_pre", layer), hook_name("resid_post", layer - 1)
-        chunk.additions[layer] = matched.apply(donor_kept[pre] - donor_kept[post]) - (base_kept[pre] - base_kept[post])
-    chunk.donor = {name: value for name, value in donor_kept.items() if name in set(hooks)}
+    prompts = make_base(model, base, contrast.positions(base), hooks, stacked, sweep.engine, sweep.batch_size)
+    donor_logits, donor_kept = keep(model, donor, [*hooks, *stack_hooks(stacked)], donor_positions)
+    own = additions(prompts.kept, stacked)
+    chunk.additions = {layer: matched.apply(theirs) - own[layer] for layer, theirs in additions(donor_kept, stacked).items()}
+    chunk.donor = {name: donor_kept[name] for name in hooks}
+    towers = [hook for hook in hooks if hook.startswith("vision")]
     if towers:
-        for hook in tower_hooks:
-            _same_tower(base_kept[hook], chunk.donor[hook])
+        for hook in towers:
+            _same_tower(prompts.kept[hook], chunk.donor[hook])
         chunk.tower = tower_masks(model, base, masks)
+    base_logits = prompts.logits
     clean_logits = donor_logits if sweep.direction == "denoise" else base_logits
     read = contrast.reader(clean, lambda: clean_logits)
     values = {names[0]: read(base_logits), names[1]: read(donor_logits)}
-    return Recorded(sweep, chunk, donor, positions, read, values["clean"], values["corrupt"])
+    return Recorded(sweep, chunk, prompts, donor, read, values["clean"], values["corrupt"])
 
 
 def added_layers(model: Any) -> list[int]:

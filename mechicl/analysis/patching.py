@@ -13,7 +13,8 @@ import numpy as np
 from mechicl.analysis.feed import progress_bar, provenance
 from mechicl.analysis.metrics import Contrast, Metric, contrast
 from mechicl.analysis.patch_cells import ALIGNABLE, HEADS, By, Patch, Selection, SitePlan, plan
-from mechicl.analysis.patch_run import Engine, Recorded, Sweep, added_layers, record
+from mechicl.analysis.patch_engine import Engine
+from mechicl.analysis.patch_run import Recorded, Sweep, added_layers, record
 from mechicl.analysis.patch_store import Store, fingerprint, weights
 from mechicl.analysis.statistics import benjamini_hochberg, bootstrap_interval, holm, ratio_interval, sign_flip_p
 from mechicl.errors import EpisodeError, OptionError

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mechicl.analysis.feed import progress_bar, provenance
 from mechicl.analysis.metrics import Contrast, Metric
-from mechicl.analysis.patch_cells import INPUTS, STATES, STREAM, Edit, hook_name, keep, run_naive
+from mechicl.analysis.patch_cells import INPUTS, STATES, STREAM, Edit, hook_name, keep
+from mechicl.analysis.patch_engine import Engine, additions, make_base, stack_hooks
 from mechicl.analysis.patch_run import added_layers
 from mechicl.analysis.statistics import benjamini_hochberg, holm, mean_estimate, paired_change, ratio_interval, sign_flip_p
 from mechicl.errors import EmptySpanError, EpisodeError, OptionError
@@ -45,6 +46,7 @@ def transplant(
     n_permutations: int = 10_000,
     seed: int = 0,
     batch_size: int = 16,
+    engine: Engine = "resume",
     task: str = "",
     progress: bool = True,
 ) -> Transplant:
@@ -73,6 +75,7 @@ def transplant(
         n_permutations: Sign flips drawn for p.
         seed: Of the controls, intervals and permutations.
         batch_size: Prompts that are run at once.
+        engine: As in `patch`.
         task: For the record.
         progress: Show a bar.
 
@@ -96,7 +99,7 @@ def transplant(
             f"target must hold at least two episodes that differ from the source; got {target.n}. Controls come from other episodes: add some."
         )
     chosen = None if heads is None else check_heads(model, list(heads))
-    work = _Work(model, target, source, list(moves), measured, toward == "other", align, n_controls, seed, batch_size)
+    work = _Work(model, target, source, list(moves), measured, toward == "other", align, n_controls, seed, batch_size, engine)
     cells = [(name, layer) for name in site_names for layer in _layers(model, name, layers, chosen)]
     work.read_source(cells)
     effects, controls = work.run(cells, chosen, progress)
@@ -149,6 +152,7 @@ class _Work:
     n_controls: int
     seed: int
     batch_size: int
+    engine: Engine
     given: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
     before: np.ndarray = field(default_factory=lambda: np.zeros(0))
     there: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -175,13 +179,11 @@ class _Work:
         there = []
         hooks = [_hook_of(site, layer) for site, layer in cells]
         stacked = added_layers(self.model) if any(site in STATES for site, _ in cells) else []
-        ends = [hook_name(s, layer - (s == "resid_post")) for layer in stacked for s in ("resid_pre", "resid_post")]
         for rows in self.parts():
             measured, part, wide, read = self.some(self.source, rows)
-            logits, kept = keep(self.model, wide, [*hooks, *ends], measured.positions(wide))
+            logits, kept = keep(self.model, wide, [*hooks, *stack_hooks(stacked)], measured.positions(wide))
             there.append(read(logits))
-            for layer in stacked:
-                kept[f"+{layer}"] = kept[hook_name("resid_pre", layer)] - kept[hook_name("resid_post", layer - 1)]
+            kept |= {f"+{layer}": added for layer, added in additions(kept, stacked).items()}
             for j, (name, _) in enumerate(self.moves):
                 mask = _mask(part, name, "source")
                 for hook in (*dict.fromkeys(hooks), *(f"+{layer}" for layer in stacked)):
@@ -197,18 +199,15 @@ class _Work:
         donors = self._donors()
         bar = progress_bar(None, total=len(cells) * len(self.moves) * len(self.parts()), what="transplanting", show=progress)
         stacked = added_layers(self.model) if any(site in STATES for site, _ in cells) else []
-        ends = [hook_name(s, layer - (s == "resid_post")) for layer in stacked for s in ("resid_pre", "resid_post")]
+        hooks = [_hook_of(site, layer) for site, layer in cells]
         for rows in self.parts():
             measured, part, wide, read = self.some(self.target, rows)
-            positions = measured.positions(wide)
-            logits, kept = keep(self.model, wide, ends, positions)
-            before[rows] = read(logits)
-            own = {layer: kept[hook_name("resid_pre", layer)] - kept[hook_name("resid_post", layer - 1)] for layer in stacked}
-            together = max(1, self.batch_size // wide.n)
+            base = make_base(self.model, wide, measured.positions(wide), hooks, stacked, self.engine, self.batch_size)
+            before[rows], own = read(base.logits), additions(base.kept, stacked)
             for k, (site, layer) in enumerate(cells):
                 for j in range(len(self.moves)):
                     batches = [self._edits(site, layer, j, rows, part, wide, [donor[j][i] for i in rows], own, heads) for donor in donors]
-                    values = np.stack(run_naive(self.model, wide, batches, positions, read, together=together))
+                    values = np.stack(base.run(batches, read))
                     after[k, j, rows] = values[0]
                     control[k, j, rows] = values[1:].mean(0)
                     bar.update(1)
