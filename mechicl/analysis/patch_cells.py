@@ -153,9 +153,9 @@ def _site(
     axes: list[str] = []
     coords: dict[str, tuple[Any, ...]] = {}
     usable, notes = _layers(model, site, layers)
-    if site in "kv" and by != "head" and (cross := [layer for layer in usable if _cross(model, layer)]):
+    if site in "kv" and (cross := [layer for layer in usable if _cross(model, layer)]):
         usable = [layer for layer in usable if layer not in cross]
-        notes.append(f"{site} of layers {cross} is left out: these layers read pictures, not the prompt's tokens (by='head' patches them).")
+        notes.append(f"{site} of layers {cross} is left out: these layers read pictures, not the prompt's tokens (patch vision).")
     if site not in INPUTS:
         axes.append("layer")
         coords["layer"] = tuple(usable)
@@ -276,10 +276,7 @@ class Chunk:
             mask = mask & self.alignment.known
         if patch.site == "image_features":
             mask = mask & self.pictures
-        value = self.value(patch.hook)
-        if patch.site in "kv" and value.shape[1] != mask.shape[1]:  # a layer that reads pictures: all their tokens
-            mask = torch.ones(value.shape[:2], dtype=torch.bool)
-        found = [Edit(patch.hook, mask, value, patch.head)]
+        found = [Edit(patch.hook, mask, self.value(patch.hook), patch.head)]
         if patch.site in STATES:
             found += [
                 Edit(hook_name("resid_pre", layer), mask, added, add=True) for layer, added in self.additions.items() if layer > patch.layer
