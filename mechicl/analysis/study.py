@@ -2,7 +2,8 @@
 
 Does the model learn from the examples (accuracy, zero-shot, labels permuted)? Which heads look as an in-context learner's should (scores against
 their null), and which are worth most when switched off alone (both on one half of the episodes)? Do they look so elsewhere (the same scores on the
-other half)? And is it they who do it (each set switched off on that other half, beside random heads, one by one and in growing doses)?
+other half)? And is it they who do it (each set switched off on that other half, beside random heads, one by one and in growing doses)? Where it is asked for: how does the answer
+travel (patching), and by which edges (a circuit)?
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from mechicl.analysis.icl import icl_accuracy
 from mechicl.analysis.matched import matched_draws
 from mechicl.analysis.prompts import prompt_view
 from mechicl.analysis.switches import How
+from mechicl.analysis.tracing import trace_answer
 from mechicl.analysis.verdict import ALPHA, LEAST_CENSUS
 from mechicl.errors import EpisodeError, OptionError
 from mechicl.prompts.corrupt import permute_labels
@@ -56,6 +58,7 @@ def find_and_prove(
     batch_size: int = 8,
     task: str = "",
     growth: Series | None = None,
+    trace: bool = False,
     progress: bool = True,
 ) -> Study:
     """Find the heads on one half of the episodes, prove them on the other.
@@ -72,6 +75,7 @@ def find_and_prove(
         batch_size: Prompts per forward pass.
         task: What the episodes are, for the record.
         growth: The model's training curve, when there is one.
+        trace: Also follow the answer through the layers and look for the circuit (`analysis.tracing.trace_answer`).
         progress: Show bars.
 
     Returns:
@@ -127,10 +131,11 @@ def find_and_prove(
         "classes": len(episodes[0].candidates),
         "examples": len(episodes[0].shots),
     }
+    traced = trace_answer(model, find, prove, **common) if trace else None
     return Study(
         scores=scores, replication=replication, accuracy=accuracy, controls={"labels permuted": permuted.accuracy}, sets=tuple(sets), roles=roles,
         prompts=_prompts(model, prove[:n_prompts], drawn, accuracy, task), growth=growth, n_find=scores.n, n_prove=accuracy.n,
-        provenance=provenance(model, task=task, seed=seed, options=options), notes=tuple(dict.fromkeys((*scores.notes, *_notes(scores.n, replication)))), effects=worth,
+        provenance=provenance(model, task=task, seed=seed, options=options), notes=tuple(dict.fromkeys((*scores.notes, *_notes(scores.n, replication)))), effects=worth, trace=traced,
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from mechicl.results.nodes import Edge, Receiver, Sender
 from mechicl.results.patching import PatchCost, PatchEffects, SiteEffects, Transplant, TransplantRow
 from mechicl.results.paths import PathEffects, SpanKnockOut, SpanKnockOuts
 from mechicl.results.readout import Copying, HeadCircuits, LogitAttribution, LogitLens, PromptLens, QKMatch
-from mechicl.results.study import HeadSet, Series, Study
+from mechicl.results.study import HeadSet, Series, Study, Trace
 from mechicl.results.trainings import Bands, ChangePoint, Claim, Correlations, Emergence, Forest, KnockOut, KnockOutTable
 
 __all__ = [
@@ -78,6 +78,7 @@ __all__ = [
     "SpanKnockOut",
     "SpanKnockOuts",
     "Study",
+    "Trace",
     "Transplant",
     "TransplantRow",
     "VectorEffect",

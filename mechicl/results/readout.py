@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -234,26 +235,12 @@ class HeadCircuits:
 
     def to_frame(self) -> pd.DataFrame:
         """One row per number: copying scores of each head, and its QK parts."""
-        rows: list[dict[str, object]] = []
+        rows: list[dict[str, Any]] = []
         for what, copying in (("copying", self.copying), ("copying, labels only", self.label_copying)):
             for k, head in enumerate(self.heads if copying is not None else ()):
                 assert copying is not None
-                rows.append(
-                    _row(
-                        what,
-                        head,
-                        "",
-                        "",
-                        copying.value[k],
-                        np.nan,
-                        np.nan,
-                        copying.null[k],
-                        copying.null_low[k],
-                        copying.null_high[k],
-                        "share",
-                        0,
-                    )
-                )
+                null = (copying.null[k], copying.null_low[k], copying.null_high[k])
+                rows.append(_row(what, head, "", "", copying.value[k], np.nan, np.nan, *null, "share", 0))
         for head, match in self.matches.items():
             for i, j in np.ndindex(*match.value.shape):
                 cell = (i, j)
@@ -264,6 +251,6 @@ class HeadCircuits:
         return pd.DataFrame(rows)
 
 
-def _row(what: str, head: Head, query: str, key: str, value: float, low: float, high: float, null: float, null_low: float, null_high: float, unit: str, n: int) -> dict[str, object]:  # fmt: skip
-    return {"what": what, "layer": head[0], "head": head[1], "query_part": query, "key_part": key, "value": value, "low": low, "high": high,
-            "null": null, "null_low": null_low, "null_high": null_high, "unit": unit, "n": n}  # fmt: skip
+def _row(what: str, head: Head, query: str, key: str, *numbers: Any) -> dict[str, Any]:
+    names = ("value", "low", "high", "null", "null_low", "null_high", "unit", "n")
+    return {"what": what, "layer": head[0], "head": head[1], "query_part": query, "key_part": key, **dict(zip(names, numbers, strict=True))}

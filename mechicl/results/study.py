@@ -9,8 +9,11 @@ import numpy as np
 import pandas as pd
 
 from mechicl.results.answers import Ablation, DoseCurve, ICLAccuracy
+from mechicl.results.attribution import EdgeScores
 from mechicl.results.base import Estimate, Head, Provenance
+from mechicl.results.circuits import Circuit, CircuitCurve
 from mechicl.results.heads import HeadScores, PromptView, RoleAttention, Score
+from mechicl.results.patching import PatchEffects
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,12 +64,31 @@ class HeadSet:
 
 
 @dataclass(frozen=True, eq=False)
+class Trace:
+    """How the answer gets to the last token, and the edges that take it there.
+
+    `patching`: the residual stream by span and the heads' outputs, on `n_prove` pairs of the episodes that prove. `edge_scores`: every edge, scored on `n_find`
+    pairs of the episodes that find; the `circuit` was chosen there too, and measured on the pairs that prove, as was the `curve`. `pairs`: how the corrupt prompts
+    were made. What could not be done is None; `notes` say why.
+    """
+
+    patching: PatchEffects | None
+    edge_scores: EdgeScores | None
+    circuit: Circuit | None
+    curve: CircuitCurve | None
+    pairs: str
+    n_find: int
+    n_prove: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
 class Study:
     """The whole story of one model on one task: does it learn from the examples, which heads do it, and what happens without them.
 
     Heads are ranked on `n_find` episodes (`scores`) and everything else is measured on `n_prove` other episodes, `replication` being the same scores
     there. `controls`: accuracies of the intact model under a control, by name. `growth`: the same heads along training, where it was logged. `effects`: what each head is
-    worth when it is switched off alone, in nats of margin, on the episodes that serve to find heads.
+    worth when it is switched off alone, in nats of margin, on the episodes that serve to find heads. `trace`: patching and circuit, where they were asked for.
     """
 
     scores: HeadScores
@@ -82,3 +104,4 @@ class Study:
     provenance: Provenance
     notes: tuple[str, ...] = ()
     effects: Score | None = None
+    trace: Trace | None = None

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, singledispatch
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import plotly.graph_objects as go
@@ -38,19 +38,23 @@ from mechicl.results import (
     Forest,
     FunctionVector,
     Head,
+    HeadCircuits,
     HeadScores,
     ICLAccuracy,
     KnockOutTable,
+    LogitAttribution,
+    LogitLens,
     PatchEffects,
     PathEffects,
     PromptView,
+    QKMatch,
     RoleAttention,
     Score,
     Series,
     SpanKnockOuts,
     Transplant,
 )
-from mechicl.views import circuit_panels, circuits, curves, edges, grids, moves, patching, sweeps, theme, trainings
+from mechicl.views import circuit_panels, circuits, curves, edges, grids, lens, lens_pictures, moves, patching, sweeps, theme, trainings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,7 +82,8 @@ def plot(result: Any, **options: Any) -> go.Figure:
         result: A result of `mechicl.results`.
         options: What the kind of result offers: `dark=True` everywhere; `n_key_value_heads`, `top` (Score); `heads`, `limit` (RoleAttention);
             `controls` (ICLAccuracy); `singles` (Ablation); `columns` (HeadScores); `changes`, `log` (Bands); `top` (Correlations, Forest);
-            `site`, `sites`, `columns` (PatchEffects, Attribution); `max_edges` (CircuitCurve).
+            `site`, `sites`, `columns` (PatchEffects, Attribution); `max_edges` (CircuitCurve); `top` (LogitAttribution); `show`, `positions`, `layers`
+            (LogitLens); `head`, `pictures` (HeadCircuits).
 
     Returns:
         A plotly figure; its arrays are the result's arrays.
@@ -192,6 +197,41 @@ def _(result: CircuitCurve, *, max_edges: int = circuits.MAX_EDGES, dark: bool =
 @plot.register
 def _(result: CircuitOverlap, *, dark: bool = False) -> go.Figure:
     return _figure(circuit_panels.overlap_rows(result), dark)
+
+
+@plot.register
+def _(result: LogitAttribution, *, top: int = 20, dark: bool = False) -> go.Figure:
+    return _figure(lens.attribution_figure(result, top=top), dark)
+
+
+@plot.register
+def _(
+    result: LogitLens,
+    *,
+    show: Literal["table", "tokens", "pictures"] = "table",
+    positions: Sequence[int] | None = None,
+    layers: Sequence[int] | None = None,
+    dark: bool = False,
+) -> go.Figure:
+    if show not in ("table", "tokens", "pictures"):
+        raise OptionError(f"show must be table, tokens or pictures; got {show!r}. Pick one.")
+    if show == "table":
+        return _figure(lens.lens_figure(result), dark)
+    return _figure(
+        lens.lens_tokens(result, positions=positions) if show == "tokens" else lens_pictures.lens_pictures(result, layers=layers), dark
+    )
+
+
+@plot.register
+def _(result: QKMatch, *, dark: bool = False) -> go.Figure:
+    return _figure(lens.match_figure(result), dark)
+
+
+@plot.register
+def _(result: HeadCircuits, *, head: Head | None = None, pictures: bool = False, dark: bool = False) -> go.Figure:
+    if pictures:
+        return _figure(lens_pictures.score_pictures(result, heads=None if head is None else [head]), dark)
+    return _figure(lens.circuits_figure(result, head=head), dark)
 
 
 def plot_sweep(
