@@ -42,7 +42,7 @@ class CircuitRuns:
     reads: Contrast
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...]
-    replacement: Replacement
+    replacement: Replacement | str
     batch_size: int
     memory: int
     graph: EdgeGraph
@@ -55,7 +55,7 @@ class CircuitRuns:
 
     @staticmethod
     def of(
-        model: Any, pairs: Pairs, *, metric: Metric = "logit_diff", replacement: Replacement = "resample", batch_size: int = 8, memory: int = MEMORY,
+        model: Any, pairs: Pairs, *, metric: Metric = "logit_diff", replacement: Replacement | str = "resample", batch_size: int = 8, memory: int = MEMORY,
         progress: bool = False,
     ) -> CircuitRuns:  # fmt: skip
         """The pairs that the metric can score.

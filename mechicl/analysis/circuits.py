@@ -31,11 +31,11 @@ def find_circuit(
     scores: Any = None,
     *,
     target: float = 0.85,
-    method: Method = "threshold",
-    level: Level = "edge",
+    method: Method | str = "threshold",
+    level: Level | str = "edge",
     minimal: bool = True,
     metric: Metric = "logit_diff",
-    replacement: Replacement = "resample",
+    replacement: Replacement | str = "resample",
     held_out: float = 0.5,
     n_random: int = 50,
     places: Any = None,
@@ -104,7 +104,7 @@ def evaluate_circuit(
     circuit: Circuit | Collection[Edge] | Collection[Sender],
     *,
     metric: Metric = "logit_diff",
-    replacement: Replacement = "resample",
+    replacement: Replacement | str = "resample",
     n_random: int = 50,
     places: Any = None,
     name: str = "",
@@ -126,8 +126,8 @@ def evaluate_circuit(
     runs = CircuitRuns.of(model, pairs, metric=metric, replacement=replacement, batch_size=batch_size, memory=memory, progress=progress)
     given = circuit if isinstance(circuit, Circuit) else None
     members = list(circuit.edges if isinstance(circuit, Circuit) else circuit)
-    level: Level = given.level if given else "node" if members and isinstance(members[0], Sender) else "edge"
-    items = Items.of(runs.graph, level)
+    level = given.level if given else "node" if members and isinstance(members[0], Sender) else "edge"
+    items = Items.of(runs.graph, check_level(level))
     if given and level == "node":
         members = [s for s in runs.graph.senders if s.name in {node.name for node in given.nodes} and s.kind != "embed"]
     chosen = items.chosen(members)
@@ -148,10 +148,10 @@ def circuit_curve(
     scores: Any = None,
     ks: Sequence[int] | None = None,
     *,
-    method: Literal["threshold", "greedy"] = "threshold",
-    level: Level = "edge",
+    method: Literal["threshold", "greedy"] | str = "threshold",
+    level: Level | str = "edge",
     metric: Metric = "logit_diff",
-    replacement: Replacement = "resample",
+    replacement: Replacement | str = "resample",
     held_out: float = 0.5,
     n_random: int = 20,
     places: Any = None,

@@ -40,7 +40,7 @@ def run_subgraph(
     corrupt: Batch,
     sets: Sets,
     *,
-    replacement: Replacement = "resample",
+    replacement: Replacement | str = "resample",
     positions: Any = "last",
     reduce: Callable[[Tensor], Tensor] | None = None,
     batch_size: int = 8,

@@ -95,6 +95,7 @@ def paired_runs(model: Any, clean: Batch, corrupt: Batch, where: Tensor, *, mean
         )
     replaced = _replaced(cache, graph) if mean is None else mean.map(lambda x: x[:, -corrupt.n_pos :])
     start, n_pos = (_first_difference(clean_cache, cache, graph) if mean is None else 0), clean.n_pos
+    start = min(start, int(where.min()))  # what is asked for must be there
 
     def cut(x: Tensor) -> Tensor:
         return x[:, start:].clone() if start and x.shape[1] == n_pos else x

@@ -99,7 +99,7 @@ class Circuit:
     p_random: float
     n_edges_possible: int
     places: Mapping[str, str]
-    replacement: Replacement
+    replacement: Replacement | str
     metric: str
     unit: str
     target: float
@@ -165,7 +165,7 @@ class CircuitCurve:
     raw: np.ndarray
     clean: np.ndarray
     corrupt: np.ndarray
-    replacement: Replacement
+    replacement: Replacement | str
     metric: str
     unit: str
     scored_by: str
