@@ -13,7 +13,7 @@ import numpy as np
 from mechicl.errors import HeadIndexError, OptionError
 from mechicl.results import Copying, Head, HeadCircuits, LogitAttribution, LogitLens, PromptLens, QKMatch
 from mechicl.views.grids import ALPHA, Spec, name, words
-from mechicl.views.theme import CHANCE, CHOSEN, DIVERGING, INTACT, RANDOM
+from mechicl.views.theme import CHANCE, CHOSEN, DIVERGING, INTACT, RANDOM, SEQUENTIAL
 
 _INTERVAL = "95 % interval %{customdata[0]:.2f} to %{customdata[1]:.2f}"
 
@@ -35,6 +35,27 @@ def _points(label: str, x: np.ndarray, low: np.ndarray, high: np.ndarray, y: Seq
         "error_x": {"type": "data", "symmetric": False, "array": high - x, "arrayminus": x - low, "color": colour, "thickness": 1.6, "width": 4},
         "marker": {"color": colour, "size": 9, "symbol": more.pop("symbol", "circle"), "line": {"color": colour, "width": 1.5}}, "hovertemplate": hover, **more,
     }  # fmt: skip
+
+
+def _axis(labels: Sequence[str], **more: Any) -> Spec:
+    """An axis of words at 0, 1, 2, ..., so that marks can stand in the corners of cells."""
+    edge = [-0.5, len(labels) - 0.5]
+    return {
+        "tickvals": list(range(len(labels))), "ticktext": list(labels), "range": edge[::-1] if more.pop("down", False) else edge, "showgrid": False, "zeroline": False, "ticks": "", **more,
+    }  # fmt: skip
+
+
+def _corners(cells: np.ndarray, label: str) -> Spec:
+    """Dots in the corners of the cells [n, (row, column)]."""
+    return {
+        "type": "scatter", "mode": "markers", "x": [j + 0.38 for _, j in cells], "y": [i - 0.32 for i, _ in cells], "hoverinfo": "skip", "showlegend": False, "name": label,
+        "marker": {"symbol": "circle", "size": 6, "color": "#111111", "line": {"color": "#ffffff", "width": 1.2}},
+    }  # fmt: skip
+
+
+def _written(z: np.ndarray, half: float) -> list[list[str]]:
+    """Numbers to be written into cells; those that would read as nothing are left out (they stay on hover)."""
+    return [[f"{v:.2f}" if np.isfinite(v) and abs(v) > 0.01 * half else "" for v in row] for row in z]
 
 
 def _zero(axis: str = "x") -> Spec:
@@ -147,7 +168,7 @@ def _attribution_spans(result: LogitAttribution, top: int) -> Spec:
     half = _symmetric(result.value[at], 0.1)
     grid: Spec = {
         "type": "heatmap", "z": result.value[at], "x": list(result.spans), "y": rows, "coloraxis": "coloraxis", "xgap": 2, "ygap": 2, "name": "parts",
-        "customdata": _extra(result.low[at], result.high[at], result.null[at]), "texttemplate": "%{z:.2f}", "textfont": {"size": 11},
+        "customdata": _extra(result.low[at], result.high[at], result.null[at]), "text": _written(result.value[at], half), "texttemplate": "%{text}", "textfont": {"size": 11},
         "hovertemplate": f"<b>%{{y}} reading %{{x}}</b> %{{z:.2f}} logits<br>{_INTERVAL}<br>{words(result.control)}: %{{customdata[2]:.2f}}<br>n = {result.n}<extra></extra>",
     }  # fmt: skip
     title = _headline(result)
@@ -168,7 +189,7 @@ def _attribution_spans(result: LogitAttribution, top: int) -> Spec:
 
 _LENS = {
     "margin": "right label minus best wrong one, logits",
-    "logprob": "log-probability of the right label, nats",
+    "logprob": "log-probability of the right label, nats (paper: the null's mean)",
     "rank": "rank of the right label in the vocabulary (1 = first)",
 }
 
@@ -181,7 +202,7 @@ def _after(layer: int) -> str:
 def lens_figure(result: LogitLens) -> Spec:
     """What the stream says after each layer: a table over kinds of tokens, and the last token with its null."""
     rows = [_after(layer) for layer in result.layers]
-    margin = result.of == "margin"
+    margin, rank = result.of == "margin", result.of == "rank"
     shift = 0.0 if margin else float(np.nanmean(result.null))
     half = _symmetric(result.value - shift, 0.1)
     hover = (
@@ -189,17 +210,14 @@ def lens_figure(result: LogitLens) -> Spec:
         f"(%{{customdata[3]:.2f}} to %{{customdata[4]:.2f}})<br>corrected p %{{customdata[5]:.2g}}, n = {result.n}<extra></extra>"
     )
     grid: Spec = {
-        "type": "heatmap", "z": result.value, "x": list(result.spans), "y": rows, "coloraxis": "coloraxis", "xgap": 2, "ygap": 2, "hoverongaps": False,
+        "type": "heatmap", "z": result.value, "coloraxis": "coloraxis", "xgap": 2, "ygap": 2, "hoverongaps": False,
         "customdata": _extra(result.low, result.high, result.null, result.null_low, result.null_high, result.p_corrected), "hovertemplate": hover, "name": "lens",
     }  # fmt: skip
     if len(rows) <= 40 and len(result.spans) <= 16:
-        grid |= {"texttemplate": "%{z:.0f}" if result.of == "rank" else "%{z:.1f}", "textfont": {"size": 10.5}}
+        grid |= {"texttemplate": "%{z:.0f}" if rank else "%{z:.1f}", "textfont": {"size": 10.5}}
     marked = np.argwhere(np.nan_to_num(result.p_corrected, nan=1.0) < ALPHA)
-    dots: Spec = {
-        "type": "scatter", "mode": "markers", "x": [result.spans[j] for _, j in marked], "y": [rows[i] for i, _ in marked], "hoverinfo": "skip", "showlegend": False,
-        "marker": {"symbol": "square-open", "size": 23, "color": "#111111", "line": {"width": 1.6}}, "name": "better than any candidate",
-    }  # fmt: skip
-    side = "last token" if "last token" in result.spans else result.spans[-1]
+    dots = _corners(marked, "better than any candidate")
+    side = "last token" if "last token" in result.spans else list(result.spans)[-1]
     j = result.spans.index(side)
     line = _points(
         f"{side}, 95 % interval", result.value[:, j], result.low[:, j], result.high[:, j], rows, CHOSEN,
@@ -211,34 +229,31 @@ def lens_figure(result: LogitLens) -> Spec:
         "fillcolor": "rgba(184,74,128,0.18)", "line": {"color": CHANCE, "width": 1, "dash": "dot"}, "hoverinfo": "skip", "name": "any candidate as right, 95 %", "xaxis": "x2", "yaxis": "y2",
     }  # fmt: skip
     height = max(360, 230 + max(22, min(34, 800 // len(rows))) * len(rows))
-    scale: Spec = {
-        "colorscale": DIVERGING if result.of != "rank" else DIVERGING_REVERSED,
-        "cmin": shift - half,
-        "cmax": shift + half,
-        "cmid": shift,
-    }
+    scale: Spec = {"colorscale": DIVERGING, "cmin": shift - half, "cmax": shift + half, "cmid": shift}
+    if rank:
+        scale = {
+            "colorscale": [[1 - at, colour] for at, colour in reversed(SEQUENTIAL)],
+            "cmin": 1,
+            "cmax": float(np.nanmax(result.value)),
+        }  # less is better
     return {
         "data": [grid, dots, band, line],
         "layout": {
             "title": {
                 "text": "<b>Logit lens</b>, the stream after each layer",
-                "subtitle": {"text": f"{_LENS[result.of]}, mean of {result.n} episodes · box: better than with any candidate as right, Holm p < {ALPHA} ({len(marked)} of {result.value.size})"},
+                "subtitle": {"text": f"{_LENS[result.of]}, mean of {result.n} episodes · dot: better than with any candidate as right, Holm p < {ALPHA} ({len(marked)} of {result.value.size})"},
             },
             "height": height,
-            "xaxis": {"domain": [0, 0.66], "side": "top", "showgrid": False, "ticks": "", "tickangle": -35, "type": "category"},
-            "yaxis": {"type": "category", "autorange": "reversed", "showgrid": False, "ticks": "", "title": {"text": "after layer"}},
-            "xaxis2": {"domain": [0.78, 1], "anchor": "y2", "title": {"text": f"{side}, {result.unit}"}, "nticks": 5, "zeroline": margin},
+            "xaxis": _axis(result.spans, domain=[0, 0.66], side="top", tickangle=-35),
+            "yaxis": _axis(rows, down=True, title={"text": "after layer"}),
+            "xaxis2": {"domain": [0.78, 1], "anchor": "y2", "title": {"text": f"{side}, {result.unit}"}, "nticks": 5, "zeroline": margin, "type": "log" if rank else "linear"},
             "yaxis2": {"anchor": "x2", "type": "category", "autorange": "reversed", "ticks": "", "categoryarray": rows, "categoryorder": "array"},
             "coloraxis": scale | {"colorbar": {"x": 0.67, "xanchor": "left"}},
             "legend": {"x": 1, "xanchor": "right", "y": -0.02, "yref": "container", "yanchor": "bottom"},
             "margin": {"t": 172, "b": 96},
-            "meta": {"scale": "diverging"} if result.of != "rank" else {},
+            "meta": {} if rank else {"scale": "diverging"},
         },
     }  # fmt: skip
-
-
-DIVERGING_REVERSED = [[1 - at, colour] for at, colour in reversed(DIVERGING)]
-"""For ranks, where less is better."""
 
 
 def lens_tokens(result: LogitLens, *, positions: Sequence[int] | None = None) -> Spec:
@@ -264,10 +279,10 @@ def lens_tokens(result: LogitLens, *, positions: Sequence[int] | None = None) ->
         ["<br>".join(f"{words(token)!s} {prob:.2f}" for token, prob in zip(tokens, shown.probability[k, p], strict=True)) for p, tokens in zip(chosen, best[k], strict=True)]
         for k in range(len(result.layers))
     ]  # fmt: skip
-    ticks = [f"{words(view.tokens[p].strip()) or '␣'}" for p in chosen]
+    ticks = [words(_short(view.tokens[p])) for p in chosen]
     grid: Spec = {
         "type": "heatmap", "z": z, "x": list(range(len(chosen))), "y": [_after(layer) for layer in result.layers], "coloraxis": "coloraxis", "xgap": 1, "ygap": 1,
-        "text": [[words(tokens[0].strip())[:6] for tokens in row] for row in best], "customdata": listed, "name": "tokens",
+        "text": [[words(_short(tokens[0])[:4]) for tokens in row] for row in best], "customdata": listed, "name": "tokens",
         "hovertemplate": "<b>after layer %{y}</b>, token %{x}<br>right label's margin %{z:.2f} logits<br>most probable:<br>%{customdata}<extra></extra>",
     }  # fmt: skip
     if len(chosen) <= 42:
@@ -287,6 +302,12 @@ def lens_tokens(result: LogitLens, *, positions: Sequence[int] | None = None) ->
             "meta": {"scale": "diverging"},
         },
     }  # fmt: skip
+
+
+def _short(token: str) -> str:
+    """A token as people read it: blanks and line breaks visible, a control token without its brackets."""
+    text = token.replace("\n", "↵").strip(" ")
+    return text.removeprefix("<|").removesuffix("|>") or "␣"
 
 
 def prompt_of(result: LogitLens) -> PromptLens:
@@ -351,7 +372,7 @@ def _copying_rows(copying: Copying, rows: Sequence[str], label: str, colour: str
 
 
 def match_figure(match: QKMatch, *, n: int | None = None) -> Spec:
-    """Why one head's score is higher on right exemplars: the query's part down, the key's part across; boxed where outside its null."""
+    """Why one head's score is higher on right exemplars: the query's part down, the key's part across; dots where outside its null."""
     half = _symmetric(match.value, 0.05)
     n = len(match.per_episode) if n is None else n
     hover = (
@@ -359,27 +380,24 @@ def match_figure(match: QKMatch, *, n: int | None = None) -> Spec:
         f"%{{customdata[2]:.2f}} to %{{customdata[3]:.2f}}<br>n = {n}<extra></extra>"
     )
     grid: Spec = {
-        "type": "heatmap", "z": match.value, "x": list(match.senders), "y": list(match.queries), "coloraxis": "coloraxis", "xgap": 1.5, "ygap": 1.5, "name": "match",
+        "type": "heatmap", "z": match.value, "coloraxis": "coloraxis", "xgap": 1.5, "ygap": 1.5, "name": "match",
         "customdata": _extra(match.low, match.high, match.null_low, match.null_high), "hovertemplate": hover,
     }  # fmt: skip
     if max(match.value.shape) <= 18:
-        grid |= {"texttemplate": "%{z:.2f}", "textfont": {"size": 10}}
-    outside = np.argwhere(((match.value > match.null_high) & (match.low > 0)) | ((match.value < match.null_low) & (match.high < 0)))
-    dots: Spec = {
-        "type": "scatter", "mode": "markers", "x": [match.senders[j] for _, j in outside], "y": [match.queries[i] for i, _ in outside], "hoverinfo": "skip", "showlegend": False,
-        "marker": {"symbol": "circle", "size": 4, "color": "#111111"}, "name": "outside its null",
-    }  # fmt: skip
+        grid |= {"text": _written(match.value, half), "texttemplate": "%{text}", "textfont": {"size": 10}}
+    outside = ((match.value > match.null_high) & (match.low > 0)) | ((match.value < match.null_low) & (match.high < 0))
+    dots = _corners(np.argwhere(outside & (np.abs(match.value) > 0.05 * half)), "outside its null")
     total = match.total
     return {
         "data": [grid, dots],
         "layout": {
             "title": {
                 "text": f"<b>What head {name(match.head)} matches</b>: its score on right minus wrong exemplars",
-                "subtitle": {"text": f"keys at the exemplars' {words(match.keys)}; {total.value:.2f} ({total.low:.2f} to {total.high:.2f}) in all, mean of {n} episodes · dot: outside its null and its interval off zero"},
+                "subtitle": {"text": f"keys at the exemplars' {words(match.keys)}; {total.value:.2f} ({total.low:.2f} to {total.high:.2f}) in all, mean of {n} episodes · dot: outside its null, interval off zero (not shown below 5 % of the largest)"},
             },
             "height": 220 + max(20, min(28, 640 // len(match.queries))) * len(match.queries),
-            "xaxis": {"type": "category", "showgrid": False, "ticks": "", "tickangle": -45 if len(match.senders) > 12 else 0, "title": {"text": "what wrote into the key's stream"}},
-            "yaxis": {"type": "category", "autorange": "reversed", "showgrid": False, "ticks": "", "title": {"text": "what wrote into the query's stream"}},
+            "xaxis": _axis(match.senders, tickangle=-45 if len(match.senders) > 12 else 0, title={"text": "what wrote into the key's stream"}),
+            "yaxis": _axis(match.queries, down=True, title={"text": "what wrote into the query's stream"}),
             "coloraxis": {"colorscale": DIVERGING, "cmin": -half, "cmax": half, "cmid": 0, "colorbar": {"title": {"text": "score", "side": "right"}}},
             "margin": {"b": 84},
             "meta": {"scale": "diverging"},

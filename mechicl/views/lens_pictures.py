@@ -19,8 +19,8 @@ from mechicl.views.overlay import open_picture, pictures
 from mechicl.views.theme import CHANCE, CHOSEN, INTACT
 
 CLEAR = [
-    [0.0, "rgba(8,48,107,0.92)"], [0.25, "rgba(33,102,172,0.72)"], [0.42, "rgba(103,163,207,0.38)"], [0.5, "rgba(246,245,242,0.04)"],
-    [0.58, "rgba(241,154,86,0.38)"], [0.75, "rgba(201,84,15,0.72)"], [1.0, "rgba(122,45,4,0.92)"],
+    [0.0, "rgba(8,48,107,0.8)"], [0.25, "rgba(33,102,172,0.62)"], [0.42, "rgba(103,163,207,0.38)"], [0.5, "rgba(246,245,242,0.04)"],
+    [0.58, "rgba(241,154,86,0.38)"], [0.75, "rgba(201,84,15,0.62)"], [1.0, "rgba(122,45,4,0.8)"],
 ]  # fmt: skip
 """The house's diverging colours, clear at zero."""
 
@@ -206,7 +206,7 @@ def score_pictures(result: HeadCircuits, *, heads: Sequence[Head] | None = None)
         raise OptionError("result must have been made with a prompt to show; got none. Ask for it: head_circuits(..., data, prompt=0).")
     rows: list[tuple[str, np.ndarray]] = []
     tokens = sorted(p for boxes in result.view.image_boxes for p in boxes)
-    for head in result.heads[:4] if heads is None else heads:
+    for head in result.heads[:3] if heads is None else heads:
         if head not in result.scores:
             raise HeadIndexError(f"head must be one whose scores were kept; got {head}, there are {sorted(result.scores)}. Ask for it.")
         for reader, row in zip(("last token", "query image"), result.scores[head], strict=True):
