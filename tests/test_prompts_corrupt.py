@@ -120,7 +120,7 @@ def test_what_has_no_pair_is_refused_or_named(organism: Organism) -> None:
     model, processor = organism("qwen2_5_vl")
     renderer = Renderer(processor, model.config)
     with pytest.raises(OptionError, match="how must be one of"), unchecked():
-        minimal_pairs(renderer, [words("ab", "a")], "blur")  # pyright: ignore[reportArgumentType]
+        minimal_pairs(renderer, [words("ab", "a")], "smear")  # pyright: ignore[reportArgumentType]
     with pytest.raises(EpisodeError, match="none of 1 does"):
         minimal_pairs(renderer, [one], "swap_labels")
     small, large = Image.new("RGB", (28, 28)), Image.new("RGB", (112, 56))

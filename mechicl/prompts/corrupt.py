@@ -1,4 +1,4 @@
-"""Minimal pairs: the same prompt with its labels or pictures exchanged, token for token as long.
+"""Minimal pairs: the same prompt with its labels or pictures exchanged (or disturbed: `mechicl.prompts.disturb`), token for token as long.
 
 `swap_labels`, `permute_labels` and `swap_images` are pure functions from episode to episode. `minimal_pairs` renders both sides and keeps only the
 pairs whose tokens stand in the same places, so that an activation of one run can be put into the other.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from mechicl.prompts.batch import Batch, Renders
 from mechicl.prompts.episode import Episode
 from mechicl.results import Skipped
 
-How = Literal["swap_labels", "permute_labels", "swap_query", "swap_exemplars"]
+How = Literal["swap_labels", "permute_labels", "swap_query", "swap_exemplars", "wrong_exemplar", "reformat", "blur", "noise"]
 Lengths = Mapping[str, int]
 
 
@@ -116,51 +116,74 @@ def label_lengths(batch: Batch, row: int) -> dict[str, int]:
     return {label: len(ids) for label, ids in zip(batch.candidates[row], batch.candidate_ids[row], strict=True)}
 
 
-def minimal_pairs(renderer: Renders, episodes: Sequence[Episode], how: How, *, seed: int = 0) -> Pairs:
+def minimal_pairs(renderer: Renders, episodes: Sequence[Episode], how: How, *, seed: int = 0, **options: Any) -> Pairs:
     """Clean and corrupt batches with every token in the same place.
 
     Labels are exchanged only with labels of as many tokens. An episode that allows none, or whose corrupt prompt is laid out differently (pictures of
-    another size), is left out and named.
+    another size, a form with other tokens), is left out and named.
+
+    Args:
+        renderer: The model's renderer (`model.renderer`).
+        episodes: The clean side.
+        how: "swap_labels", "permute_labels", "swap_query", "swap_exemplars": see the functions here. "wrong_exemplar", "reformat" (content kept, form changed),
+            "blur", "noise": see `mechicl.prompts.disturb`; these leave the answer as it is.
+        seed: Episode k is corrupted with seed + k.
+        options: For the way: `which` and `strength` of "blur" and "noise"; `which` and `donors` of "wrong_exemplar" (by default items of the other episodes).
 
     Raises:
-        OptionError: `how` does not exist.
+        OptionError: `how` or an option does not exist.
         EpisodeError: no episode is left.
     """
+    if how not in get_args(How):
+        raise OptionError(f"how must be one of {', '.join(get_args(How))}; got {how!r}. Pick one of them.")
+    clean = renderer.render(episodes)
+    make = _way(how, episodes, options)
+    forms: dict[int, list[Episode]] = {}
+    reasons: dict[int, str] = {}
+    for k, episode in enumerate(episodes):
+        try:
+            forms[k] = make(episode, seed=seed + k, lengths=label_lengths(clean, k))
+        except EpisodeError as error:
+            reasons[k] = str(error)
+    found: dict[int, Episode] = {}
+    for turn in range(max((len(some) for some in forms.values()), default=0)):
+        pending = [k for k, some in forms.items() if k not in found and turn < len(some)]
+        if not pending:
+            break
+        corrupt = renderer.render([forms[k][turn] for k in pending])
+        found |= {k: forms[k][turn] for i, k in enumerate(pending) if layout(clean, k) == layout(corrupt, i)}
+    for k in forms.keys() - found.keys():
+        reasons[k] = "the corrupt prompt's tokens stand elsewhere; give pictures of one size"
+        if how == "reformat":
+            reasons[k] = f"none of {len(forms[k])} other forms of its instruction and question has as many tokens; write them otherwise"
+    skipped = tuple(Skipped(episodes[k].id or str(k), reasons[k]) for k in sorted(reasons))
+    rows = sorted(found)
+    if not rows:
+        raise EpisodeError(
+            f"episodes must allow {how} with every token in place; none of {len(episodes)} does (first: {skipped[0].reason}). "
+            "Draw labels of one length, e.g. syllables=(2, 2), and pictures of one size."
+        )
+    return Pairs(clean if len(rows) == clean.n else clean.select(rows), renderer.render([found[k] for k in rows]), how, skipped)
+
+
+def _way(how: str, episodes: Sequence[Episode], options: dict[str, Any]) -> Callable[..., list[Episode]]:
+    """A function from an episode to its corrupt forms, the first that fits to be taken."""
+    from mechicl.prompts import disturb
+
+    allowed = {"blur": {"which", "strength"}, "noise": {"which", "strength"}, "wrong_exemplar": {"which", "donors"}}.get(how, set())
+    if strange := sorted(options.keys() - allowed):
+        raise OptionError(f"options of {how} must be among {sorted(allowed) or 'none'}; got {', '.join(strange)}. Leave it out.")
+    if how == "reformat":
+        return lambda episode, **_: disturb.reformats(episode)
     ways: dict[str, Callable[..., Episode]] = {
         "swap_labels": swap_labels,
         "permute_labels": permute_labels,
         "swap_query": partial(swap_images, which="query"),
         "swap_exemplars": partial(swap_images, which="exemplars"),
+        **disturb.WAYS,
     }
-    if how not in ways:
-        raise OptionError(f"how must be one of {', '.join(get_args(How))}; got {how!r}. Pick one of them.")
-    clean = renderer.render(episodes)
-    rows: list[int] = []
-    others: list[Episode] = []
-    skipped: list[Skipped] = []
-    for k, episode in enumerate(episodes):
-        try:
-            others.append(ways[how](episode, seed=seed + k, lengths=label_lengths(clean, k)))
-            rows.append(k)
-        except EpisodeError as error:
-            skipped.append(Skipped(episode.id or str(k), str(error)))
-    if rows:
-        corrupt = renderer.render(others)
-        same = [layout(clean, k) == layout(corrupt, i) for i, k in enumerate(rows)]
-        skipped += [
-            Skipped(episodes[k].id or str(k), "the corrupt prompt's tokens stand elsewhere; give pictures of one size")
-            for k, fits in zip(rows, same, strict=True)
-            if not fits
-        ]
-        if all(same) and len(rows) == clean.n:
-            return Pairs(clean, corrupt, how, tuple(skipped))
-        kept = [i for i, fits in enumerate(same) if fits]
-        if kept:
-            return Pairs(clean.select([rows[i] for i in kept]), corrupt.select(kept), how, tuple(skipped))
-    raise EpisodeError(
-        f"episodes must allow {how} with every token in place; none of {len(episodes)} does (first: {skipped[0].reason}). "
-        "Draw labels of one length, e.g. syllables=(2, 2), and pictures of one size."
-    )
+    more = ({"donors": episodes} | options) if how == "wrong_exemplar" else options
+    return lambda episode, **kwargs: [ways[how](episode, **kwargs, **more)]
 
 
 def layout(batch: Batch, row: int) -> list[tuple[str, int, int, int | None]]:
