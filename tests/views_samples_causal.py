@@ -26,6 +26,7 @@ from mechicl.results import (
     SiteEffects,
     SpanKnockOut,
     SpanKnockOuts,
+    Trace,
     Transplant,
     TransplantRow,
     VectorEffect,
@@ -274,3 +275,9 @@ EVERY = {
     "patched": patched, "noise": lambda: patched("noise"), "positions": patched_positions, "attribution": attribution, "transplant": transplant, "paths": paths, "edge scores": edge_scores,
     "circuit": circuit, "curve": curve, "overlap": overlap, "cuts": cuts, "function vector": function_vector,
 }  # fmt: skip
+
+
+def trace(*, faithful: float = 0.91) -> Trace:
+    """A whole trace: patching, edge scores, circuit and curve."""
+    found = circuit(faithful=faithful)
+    return Trace(patched(), edge_scores(), found, curve(), "swap_labels", 12, N)

@@ -22,7 +22,10 @@ WAYS: tuple[How, ...] = ("swap_exemplars", "swap_labels", "swap_query")
 """Pairs that are tried, in this order: exchanged exemplars change what goes with which label and nothing else, so the whole way can be seen."""
 
 MOST_PAIRS = 16
-"""Pairs of each half that are used. Sign flips of 12 pairs can reach p = 0.0005, which survives the correction over a hundred cells."""
+"""Pairs that are used for what is claimed. Sign flips of 12 pairs can reach p = 0.0005, which survives the correction over a hundred cells."""
+
+MOST_TO_FIND = 12
+"""Of the pairs that only choose edges, so many are enough: a rough ranking is pruned on them."""
 
 FEWEST_PAIRS = 6
 """Below it a permutation test over episodes cannot reach any level."""
@@ -63,7 +66,7 @@ def trace_answer(
         find: Episodes on which edges are scored and the circuit is chosen.
         prove: Other episodes, for everything that is claimed.
         how: How pairs are made; by default the first of `WAYS` that gives enough pairs.
-        most: At most so many pairs of each half.
+        most: At most so many pairs of the half that proves, and `MOST_TO_FIND` of the other.
         exact: Edges that are also run exactly, to be compared with their estimate by gradient.
         n_random: Random circuits of equal size.
         seed: Of pairs, intervals, permutations and random circuits.
@@ -89,7 +92,7 @@ def trace_answer(
     if effects is None or not differs(effects, seed):
         said = "The corrupt prompts do not change the answer here, so there is nothing to trace." if effects is not None else ""
         return replace(empty, notes=tuple(n for n in (*notes, said) if n))
-    others = _pairs(model, find, (pairs.how,), most, seed, notes)  # type: ignore[arg-type]
+    others = _pairs(model, find, (pairs.how,), min(most, MOST_TO_FIND), seed, notes)  # type: ignore[arg-type]
     if others is None:
         return replace(empty, notes=tuple(notes))
     scores, circuit, curve = _circuit(model, others, pairs, exact, n_random, common, notes)

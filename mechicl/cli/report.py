@@ -39,6 +39,9 @@ def report(
     seed: Seed = 0,
     how: Off = "mean",
     threshold: Annotated[float, typer.Option(min=0.0, max=0.99, help="Least score of a head that is switched off.")] = 0.1,
+    trace: Annotated[
+        bool, typer.Option("--trace/--no-trace", help="Also follow the answer through the layers and look for the circuit.")
+    ] = True,
     device: Device = None,
     dtype: Dtype = "auto",
     revision: Revision = None,
@@ -63,9 +66,10 @@ def report(
         batch_size=batch_size,
         task=task_name(task, classes, shots),
         growth=_growth(model),
+        trace=trace,
         progress=not quiet,
     )
-    command = f"mechicl report --model {model} --task {task} --episodes {episodes} --classes {classes} --shots {shots} --size {size} --seed {seed} --how {how} --out {out.name}"
+    command = f"mechicl report --model {model} --task {task} --episodes {episodes} --classes {classes} --shots {shots} --size {size} --seed {seed} --how {how}{'' if trace else ' --no-trace'} --out {out.name}"
     written = write_report(target, ReportContent(study, command=command))
     from mechicl.views.story import headline
 

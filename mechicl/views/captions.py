@@ -5,9 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mechicl.results import Ablation, DoseCurve, HeadSet, ICLAccuracy, RoleAttention, Score, Series, Study
-from mechicl.views.grids import ALPHA, name, significant
-from mechicl.views.story import against_random, heads_in_words, points, sentence
+import numpy as np
+
+from mechicl.results import (
+    Ablation,
+    Circuit,
+    CircuitCurve,
+    DoseCurve,
+    EdgeScores,
+    HeadSet,
+    ICLAccuracy,
+    PatchEffects,
+    RoleAttention,
+    Score,
+    Series,
+    Study,
+)
+from mechicl.views.grids import ALPHA, metric_words, name, significant
+from mechicl.views.story import PAIRS, against_random, circuit_sentence, heads_in_words, points, sentence
 
 
 @dataclass(frozen=True)
@@ -109,6 +124,66 @@ def about_dose(curve: DoseCurve) -> Words:
     )
 
 
+def about_patching(effects: PatchEffects) -> Words:
+    cells = sum(int((site.p_corrected < ALPHA).sum()) for site in effects.sites.values())
+    way = (
+        "one activation of the clean run is put into the corrupt run"
+        if effects.direction == "denoise"
+        else "one activation of the corrupt run is put into the clean run"
+    )
+    asks = "whether it suffices" if effects.direction == "denoise" else "whether it is needed"
+    return Words(
+        f"Two prompts that differ in one thing: {PAIRS.get(effects.pairs, effects.pairs.replace('_', ' '))}. In each cell {way}, which asks {asks}. 0: the run stays as it was corrupt, "
+        "1: it answers as in the clean run. Left: the residual stream where a layer begins, span by span; right: one head's output at all tokens.",
+        "Cells overlap and do not add up to one. A head with a redundant twin moves little. Spans of the same prompt can hold the same thing twice: what suffices need not be "
+        "the only copy. Only what differs between the two prompts can be seen.",
+        f"n = {effects.n} pairs, {metric_words(effects.metric)}, 95 % intervals over pairs (on hover, in the CSV); {cells} cells pass (sign flips, "
+        f"{'Holm' if effects.correction == 'holm' else 'FDR'}, limit {ALPHA}); {len(effects.skipped)} prompts without a partner.{_idle(effects)}",
+    )
+
+
+def _idle(effects: PatchEffects) -> str:
+    """The control within the figure: a span that is the same in both prompts and comes before what differs."""
+    site = effects.sites.get("resid_pre")
+    if site is None or "instruction" not in site.coords.get("span", ()):
+        return ""
+    start = 0.0 if effects.direction == "denoise" else 1.0
+    moved = np.abs(np.asarray(site.value)[..., site.coords["span"].index("instruction")] - start)
+    return (
+        f" Control: the instruction, the same in both prompts, moves it by at most {np.nanmax(moved):.2f}."
+        if np.isfinite(moved).any()
+        else ""
+    )
+
+
+def about_curve(curve: CircuitCurve) -> Words:
+    return Words(
+        f"The edges in the order of their score ({curve.scored_by}); the slider adds them one after another. Heads stand in the column of the span they act at, layers go upwards; the wider a line, the "
+        "higher its score; a minus marks an edge that speaks against the answer; pale edges lead nowhere yet. Right: how much of the model's answer these edges alone bring back, everything else running on the corrupt prompt.",
+        "The order comes from gradients, so an early edge can be useless and a late one needed. Faithfulness can pass 1 when what opposes the answer is left out. The graph of a model with "
+        "redundant heads shows all of them.",
+        f"n = {curve.n} pairs that did not score the edges; bootstrap 95 %; band: {curve.n_draws} random circuits of as many edges on paths from the embeddings to the logits; {curve.replacement} replacement.",
+    )
+
+
+def about_circuit(circuit: Circuit) -> Words:
+    return Words(
+        f"The smallest set found that reaches a faithfulness of {circuit.target:.2g} on the pairs that chose it, with what it does on other pairs, what the rest of the model does without it, random "
+        "circuits, and what each edge alone is worth.",
+        "Another set of edges may do as well: the search finds one. It holds for these pairs: an edge that both prompts use alike is not in it.",
+        circuit_sentence(circuit),
+    )
+
+
+def about_edge_scores(scores: EdgeScores) -> Words:
+    agree = f"{scores.agreement}." if scores.agreement is not None else "Not compared with exact runs."
+    return Words(
+        f"What every sender (row) brings to every receiver (column), estimated by {scores.method}: the difference between the two runs times the slope of the metric. Below: the same edges run exactly.",
+        "An estimate by slopes misses edges into saturated attention, and edges that matter only together. Read the comparison with exact runs first: dots on the dotted line are right.",
+        f"n = {scores.n} pairs, those that choose the circuit; {agree}",
+    )
+
+
 def about_growth(series: Series) -> Words:
     return Words(
         "Accuracy and head scores of the same prompts at checkpoints along training: what appears together, and what comes first.",
@@ -133,5 +208,10 @@ DEFINITIONS: tuple[tuple[str, str], ...] = (
     ("unspecific", "accuracy falls without the set, but as many random heads can cost as much."),
     ("close", "the template's tokens that end a label's turn; chat models gather a label and its picture there."),
     ("Wilson, paired bootstrap, McNemar", "95 % interval of a share; 95 % interval of a change on the same prompts, by resampling prompts; exact test of the answers that changed."),
+    ("patching", "a run of the model in which one activation is taken from the other prompt of the pair. The share it moves: 0 is the corrupt run, 1 the clean run."),
+    ("glue", "tokens of the chat template, and whatever else has no role of its own."),
+    ("edge", "what one part of the model (embeddings, a head, an MLP) writes and another reads: q, k, v are a head's queries, keys and values."),
+    ("faithfulness", "what a circuit's edges bring back of the difference between the clean and the corrupt run, when everything else runs on the corrupt prompt. 1: all of it."),
+    ("completeness", "the same for the model without the circuit's edges: near 0 where nothing else does the work."),
     ("KV group", "heads that share keys and values (grouped-query attention)."),
 )  # fmt: skip

@@ -13,7 +13,7 @@ from mechicl.views.theme import CHANCE, CHOSEN, INTACT, LINES, RANDOM
 
 def number(value: float, digits: int = 2) -> str:
     """A number as text with a true minus sign; "?" for NaN."""
-    return "?" if value != value else f"{value:.{digits}f}".replace("-", "\u2212")
+    return "?" if value != value else f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "\u2212")  # + 0.0: no minus zero
 
 
 def interval(e: Estimate, digits: int = 2) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from mechicl.results import Circuit, CircuitCurve, Edge, Estimate
 from mechicl.views import graph
 from mechicl.views.circuit_panels import curve_panel, interval, number, points
-from mechicl.views.grids import Spec, words
+from mechicl.views.grids import Spec, metric_words, words
 from mechicl.views.theme import CHANCE, CHOSEN, CONTROL, INTACT, RANDOM, SINGLE
 
 MAX_EDGES = 150
@@ -99,7 +99,7 @@ def circuit_slider(curve: CircuitCurve, *, max_edges: int = MAX_EDGES) -> Spec:
     }
     layout["title"] = {
         "text": f"<b>The circuit, edge by edge</b> (scored by {words(curve.scored_by)})",
-        "subtitle": {"text": f"{words(curve.metric)}, n = {curve.n} pairs, bootstrap 95 % · columns: the span a head acts at; a line's width: its score{beyond}"},
+        "subtitle": {"text": f"{metric_words(curve.metric)}, n = {curve.n} pairs, bootstrap 95 % · columns: the span a head acts at; a line's width: its score{beyond}"},
     }  # fmt: skip
     return spec
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mechicl.results import EdgeScores, PathEffects, Receiver, Sender
-from mechicl.views.grids import ALPHA, Spec, words
+from mechicl.views.grids import ALPHA, Spec, metric_words, words
 from mechicl.views.patching import Panel, agreement_panel, colours, pack, start_of
 from mechicl.views.theme import RANDOM
 
@@ -30,7 +30,7 @@ def edge_grid(result: PathEffects | EdgeScores) -> Spec:
         detail = f"{way}, one edge at a time; at {words(result.places)}; n = {result.n} pairs ({words(result.pairs)}) · dot: corrected p < {ALPHA}"
     else:
         title = f"<b>What each edge carries</b> ({result.method})"
-        detail = f"share of the clean-corrupt difference, {words(result.metric)}, n = {result.n} pairs ({words(result.pairs)})"
+        detail = f"share of the clean-corrupt difference, {metric_words(result.metric)}, n = {result.n} pairs ({words(result.pairs)})"
     scale = colours([np.asarray(result.value)], start)
     if isinstance(result, EdgeScores):
         scale["colorbar"] |= {"tickvals": None, "ticktext": None}
@@ -78,7 +78,7 @@ def _matrix(
                   "tickfont": {"size": 11 if len(receivers) <= 48 else 9}}  # fmt: skip
     y = common | {"tickvals": list(range(len(senders))), "ticktext": [s.name for s in senders], "range": [len(senders) - 0.5, -0.5], "title": {"text": "sender"},
                   "tickfont": {"size": 11}}  # fmt: skip
-    return Panel([cells, *([marks] if marks else [])], x, y, "receiver", max(120, 17 * len(senders)), 84, 16, lines)
+    return Panel([cells, *([marks] if marks else [])], x, y, "receiver", max(120, 17 * len(senders)), 84, 16, shapes=lines)
 
 
 def _breaks(layers: Sequence[int]) -> list[float]:

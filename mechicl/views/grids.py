@@ -34,6 +34,20 @@ def words(text: str) -> str:
     return html.escape(text.replace("_", " "), quote=False)
 
 
+METRICS = {
+    "logit_diff": "logit difference",
+    "label_logprob": "difference of the labels' log-probabilities",
+    "logprob": "log-probability",
+    "prob": "probability",
+    "kl": "KL divergence",
+}
+
+
+def metric_words(name: str) -> str:
+    """A metric as figures call it."""
+    return METRICS.get(name, words(name))
+
+
 def significant(score: Score) -> list[Head]:
     """Heads whose corrected p is below `ALPHA`, best score first."""
     passed = np.nan_to_num(score.p_corrected, nan=1.0) < ALPHA

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mechicl.results import Estimate, FunctionVector, SpanKnockOut, SpanKnockOuts, Transplant
-from mechicl.views.grids import ALPHA, Spec, words
+from mechicl.views.grids import ALPHA, Spec, metric_words, words
 from mechicl.views.theme import CHANCE, CHOSEN, CONTROL, DASHES, INTACT, LINES, RANDOM
 
 
@@ -46,7 +46,7 @@ def transplant_rows(result: Transplant) -> Spec:
                  _forest(labels, [r.control for r in result.rows], f"control: from {result.n_controls} other episodes", RANDOM, "diamond")],
         "layout": {
             "title": {"text": "<b>An activation moved elsewhere</b>",
-                      "subtitle": {"text": f"change of {words(result.metric)}, {words(result.unit)}, n = {result.n}, 95 % intervals · filled: differs from its control, corrected p < {ALPHA}"}},
+                      "subtitle": {"text": f"change of {metric_words(result.metric)}, {words(result.unit)}, n = {result.n}, 95 % intervals · filled: differs from its control, corrected p < {ALPHA}"}},
             "height": 190 + 30 * len(labels), "xaxis": {"title": {"text": f"change, {words(result.unit)}"}, "zeroline": True},
             "yaxis": {"type": "category", "autorange": "reversed", "ticks": ""}, "margin": {"t": 88, "b": 92}, "legend": {"y": 0, "yref": "container", "yanchor": "bottom"},
         },

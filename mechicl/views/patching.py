@@ -14,7 +14,7 @@ import numpy as np
 
 from mechicl.errors import OptionError
 from mechicl.results import Agreement, Attribution, PatchEffects, SiteEffects
-from mechicl.views.grids import ALPHA, Spec, words
+from mechicl.views.grids import ALPHA, Spec, metric_words, words
 from mechicl.views.theme import CHANCE, CHOSEN, DIVERGING, INTACT, RANDOM
 
 MOST = 1.25
@@ -28,7 +28,7 @@ _ROTATED = 84  # pixels for slanted column names
 
 @dataclass
 class Panel:
-    """One of the small multiples: its traces (axes to be filled in), its two axes, its heading, and pixels for the body and above it."""
+    """One of the small multiples: its traces (axes to be filled in), its two axes, its heading, pixels for the body and around it, and its share of a row's width."""
 
     traces: list[Spec]
     x: Spec
@@ -37,6 +37,7 @@ class Panel:
     body: int
     above: int = 30
     below: int = 44
+    wide: float = 1.0
     shapes: list[Spec] = field(default_factory=list)
 
 
@@ -118,6 +119,7 @@ def site_panel(site: SiteEffects, *, unit: str) -> Panel:
         max(60, tall * len(rows)),
         _ROTATED + 24 if wordy else 30,
         16 if wordy else 46,
+        float(np.clip(len(columns), 6, 16)),
     )
 
 
@@ -148,10 +150,11 @@ def agreement_panel(agreement: Agreement, name: str) -> Panel:
         280,
         70,
         56,
+        8.0,
     )
 
 
-def pack(panels: Sequence[Panel], columns: int, *, header: int = 92, footer: int = 10, gap: float = 0.09, right: float = 1.0) -> Spec:
+def pack(panels: Sequence[Panel], columns: int, *, header: int = 92, footer: int = 10, gap: float = 0.06) -> Spec:
     """Panels in rows of `columns`, each with axes of its own; the figure's height follows from the pixels that panels ask for."""
     rows = [panels[k : k + columns] for k in range(0, len(panels), columns)]
     heights = [max(p.above for p in row) + max(p.body for p in row) + max(p.below for p in row) for row in rows]
@@ -163,21 +166,23 @@ def pack(panels: Sequence[Panel], columns: int, *, header: int = 92, footer: int
         "height": round(header + footer + plot),
         "margin": {"t": header, "b": footer, "l": 66, "r": 24},
     }
-    wide, top, number = right / columns, plot, 0
+    top, number = plot, 0
     for row, height in zip(rows, heights, strict=True):
         above = max(p.above for p in row)
-        for k, panel in enumerate(row):
+        each = (1 - gap * (columns - 1)) / (sum(p.wide for p in row) * columns / len(row))  # a short last row leaves the rest empty
+        left = 0.0
+        for panel in row:
             number += 1
             suffix = "" if number == 1 else str(number)
             upper = top - above
-            left = k * wide
-            end = left + wide - (gap * wide * columns / 2 if k < columns - 1 else 0)
-            layout["xaxis" + suffix] = panel.x | {"domain": [left, min(end, right)], "anchor": "y" + suffix}
+            end = min(1.0, left + panel.wide * each)
+            layout["xaxis" + suffix] = panel.x | {"domain": [left, end], "anchor": "y" + suffix}
             layout["yaxis" + suffix] = panel.y | {"domain": [(upper - panel.body) / plot, upper / plot], "anchor": "x" + suffix}
             data += [trace | {"xaxis": "x" + suffix, "yaxis": "y" + suffix} for trace in panel.traces]
             layout["shapes"] += [shape | {f"{a}ref": a + suffix + shape.get(f"{a}ref", a)[1:] for a in "xy"} for shape in panel.shapes]
             layout["annotations"].append({"xref": f"x{suffix} domain", "yref": "paper", "x": 0, "y": (upper + panel.above - 24 if panel.above < 60 else upper + panel.above - 30) / plot,
                                           "xanchor": "left", "yanchor": "bottom" if panel.above < 60 else "middle", "align": "left", "showarrow": False, "text": panel.heading, "font": {"size": 13}})  # fmt: skip
+            left = end + gap
         top -= height
     return {"data": data, "layout": layout}
 
@@ -225,7 +230,7 @@ def patch_grids(result: PatchEffects | Attribution, *, sites: Sequence[str] | No
     correction = {"holm": "Holm", "fdr_bh": "FDR"}.get(result.correction, words(result.correction))
     marks = f" · dot, and the count: corrected p < {ALPHA} ({correction})" if tests else ""
     spec["layout"] |= {
-        "title": {"text": title, "subtitle": {"text": f"{way} · {words(result.metric)}, n = {result.n} pairs ({words(result.pairs)}){marks}"}},
+        "title": {"text": title, "subtitle": {"text": f"{way} · {metric_words(result.metric)}, n = {result.n} pairs ({words(result.pairs)}){marks}"}},
         "coloraxis": colours([site.value for site in found], start_of(result.direction)),
         "meta": {"scale": "diverging"},
     }  # fmt: skip

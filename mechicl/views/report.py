@@ -118,7 +118,7 @@ def render_report(content: ReportContent) -> str:
             title=title, command=content.command, study=study, headline=story.headline(study), summary=story.summary(study), tiles=story.top_line(study),
             learns=story.learns(study.accuracy), accuracy=_accuracy(study), overview=_overview(study), scores=_scores(study), roles=_roles(study),
             strips=[(overlay.strip(view, _groups(study, chosen, view)), f"strip-{k}", [_csv(f"prompt-{k}", tables.prompt_frame(view))]) for k, view in enumerate(prompts)], badge=story.badge,
-            overlays=_overlays(study, prompts), overlay_words=captions.about_overlay(), patterns=[v for v in views if v], sets=_sets(study), effects=_effects(study), growth=_growth(study),
+            overlays=_overlays(study, prompts), overlay_words=captions.about_overlay(), patterns=[v for v in views if v], sets=_sets(study), effects=_effects(study), growth=_growth(study), trace=_trace(study),
             provenance=_provenance(study), definitions=captions.DEFINITIONS, kinds=theme.ROLE_COLOURS, name=name,
             style=Markup(_static("style.css")), script=Markup(_static("script.js")), plotly=Markup(plots.javascript()),
             circuitsvis=Markup(attention.library()) if any(views) else "",
@@ -233,6 +233,29 @@ def _effects(study: Study) -> Block | None:
         captions.about_effects(study.effects, study.n_find),
         frame.sort_values(by="value", ascending=False, kind="stable"),
     )
+
+
+def _trace(study: Study) -> dict[str, Any] | None:
+    """The two sections of the trace: sentences, figures, and why a part is missing; None where nothing was traced."""
+    t = study.trace
+    if t is None:
+        return None
+    route, circuit = [], []
+    if t.patching is not None:
+        route.append(_block("patching", "", plots.plot(t.patching), captions.about_patching(t.patching), t.patching.to_frame()))
+    if t.curve is not None:
+        circuit.append(_block("circuit-curve", "", plots.plot(t.curve), captions.about_curve(t.curve), t.curve.to_frame()))
+    if t.circuit is not None:
+        circuit.append(_block("circuit-graph", "", plots.plot(t.circuit), captions.about_circuit(t.circuit), t.circuit.to_frame()))
+    if t.edge_scores is not None:
+        circuit.append(
+            _block("edge-scores", "", plots.plot(t.edge_scores), captions.about_edge_scores(t.edge_scores), t.edge_scores.to_frame())
+        )
+    told = [s(t.patching) for s in (story.route_sentence, story.heads_sentence)] if t.patching is not None else []
+    return {
+        "route": route, "circuit": circuit, "told": [s for s in told if s], "notes": story.trace_notes(t),
+        "claim": story.circuit_sentence(t.circuit) if t.circuit is not None else "",
+    }  # fmt: skip
 
 
 def _growth(study: Study) -> Block | None:
