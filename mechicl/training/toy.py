@@ -285,7 +285,7 @@ def _live(members: Sequence[_Member]) -> str:
 
 
 def load_toy(folder: str | os.PathLike[str], step: int | None = None) -> ToyTransformer:
-    """The model of a run's folder, as it is now or as it was at a measured step.
+    """The model of a run's folder, as it is now or as it was at a measured step. `model.renderer.task` is the task it was trained on.
 
     Raises:
         CheckpointError: no toy run's folder, or a damaged checkpoint.

@@ -14,6 +14,7 @@ from torch.nn import functional
 from mechicl.data.gaussian import MultimodalTask, draw, layout
 from mechicl.errors import CheckpointError, OptionError
 from mechicl.models.toy import ToyConfig, ToyTransformer, toy_config
+from mechicl.prompts.vectors import VectorRenderer
 from mechicl.training.toy_feed import generator
 from mechicl.training.toy_folder import read_recipe, read_weights
 from mechicl.training.toy_recipe import PARTS, ToyRecipe
@@ -65,9 +66,9 @@ def build(recipe: ToyRecipe, *, start: bool = True) -> ToyTransformer:
     cfg = config(recipe)
     if isinstance(task, MultimodalTask):
         encoder, projector = parts(recipe, cfg)
-        model = ToyTransformer(cfg, encoder=encoder, projector=projector, seed=recipe.seed)
+        model = ToyTransformer(cfg, VectorRenderer(task), encoder=encoder, projector=projector, seed=recipe.seed)
     else:
-        model = ToyTransformer(cfg, seed=recipe.seed)
+        model = ToyTransformer(cfg, VectorRenderer(task), seed=recipe.seed)
     if start and recipe.start is not None:
         start_from(model, recipe.start)
     freeze(model, recipe.freeze)
