@@ -93,7 +93,7 @@ class Runner:
         """
         fired: set[str] = set()
         hooks = [(name, _noting(name, edit, fired)) for name, edit in job.hooks.items()]
-        with self.model.hooks(fwd_hooks=hooks), self.connected(job):
+        with attached(self.model, hooks), self.connected(job):
             x, start = self._stream(job)
         if silent := [name for name in job.hooks if name not in fired]:
             raise HookNotFiredError(
@@ -142,7 +142,8 @@ class Runner:
         if layer not in self._z:
             kept: list[Tensor] = []
             job = Pass(layer, "pre", 0, self.pre[layer], 1)
-            with self.model.hooks(fwd_hooks=[(f"blocks.{layer}.attn.hook_z", lambda x, *, hook: kept.append(x))]), self.connected(job):
+            hooks = [(f"blocks.{layer}.attn.hook_z", lambda x, *, hook: kept.append(x))]
+            with attached(self.model, hooks), self.connected(job):
                 self.block(layer, job.stream, job)
             self._z = {layer: kept[0]}
         return self._z[layer]
@@ -150,6 +151,21 @@ class Runner:
     def listening(self, layer: int) -> bool:
         """Whether anything listens at a hook point of the layer."""
         return any(active(point) for name, point in self.model.hook_dict.items() if name.startswith(f"blocks.{layer}."))
+
+
+@contextmanager
+def attached(model: Any, hooks: Sequence[tuple[str, Callable[..., Any]]]) -> Iterator[None]:
+    """Hooks on some hook points and nothing else touched: `model.hooks` walks over every hook point, which a short pass would notice."""
+    handles = []
+    try:
+        for name, hook in hooks:
+            point = model.hook_dict[name]
+            handles.append((point, point.add_hook(hook)))
+        yield
+    finally:
+        for point, handle in handles:
+            handle.hook.remove()
+            point.fwd_hooks = [one for one in point.fwd_hooks if one is not handle]
 
 
 def _noting(name: str, edit: Edit, fired: set[str]) -> Callable[..., Tensor]:

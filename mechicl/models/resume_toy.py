@@ -99,7 +99,7 @@ class ToyRunner(Runner):
         assert self.at.cos is not None
         assert self.at.sin is not None
         cos, sin = (x[:, start:] if x.shape[0] == 1 else x[:, start:].repeat_interleave(copies, 0) for x in (self.at.cos, self.at.sin))
-        return Setting(self.at.allowed, cos, sin)
+        return Setting(self.at.allowed[:1], cos, sin)  # only the angles are read
 
     def _attention(self, part: ToyBlock, q: Tensor, parts: Sequence[KeysValues], job: Pass) -> Tensor:
         """z [row, dest, head, d_head]."""
