@@ -153,9 +153,9 @@ def _site(
     axes: list[str] = []
     coords: dict[str, tuple[Any, ...]] = {}
     usable, notes = _layers(model, site, layers)
-    if site in "kv" and (cross := [layer for layer in usable if _cross(model, layer)]):
-        usable = [layer for layer in usable if layer not in cross]
-        notes.append(f"{site} of layers {cross} is left out: these layers read pictures, not the prompt's tokens (patch vision).")
+    if site in "kv" and (apart := [layer for layer in usable if cross(model, layer)]):
+        usable = [layer for layer in usable if layer not in apart]
+        notes.append(f"{site} of layers {apart} is left out: these layers read pictures, not the prompt's tokens (patch vision).")
     if site not in INPUTS:
         axes.append("layer")
         coords["layer"] = tuple(usable)
@@ -165,8 +165,8 @@ def _site(
         coords[axes[-1]] = tuple(range(count))
     cells: Sequence[str | int | None] = [None]
     if by in ("span", "shot") or site in ("image_features", "vision"):
-        if site == "vision" and not getattr(model.family, "image_tokens", True):
-            names = (EVERYTHING,)
+        if by == "head" or (site == "vision" and not getattr(model.family, "image_tokens", True)):
+            names = (EVERYTHING,) if names else ()
         if not names:
             raise OptionError(
                 f"{site} must be patched in prompts with pictures; these have none (or spans leaves none). Choose another site."
@@ -191,7 +191,8 @@ def _site(
     return SitePlan(tuple(axes), coords, tuple(patches)), notes
 
 
-def _cross(model: Any, layer: int) -> bool:
+def cross(model: Any, layer: int) -> bool:
+    """Whether a layer reads other tokens than the prompt's."""
     parts = getattr(getattr(model, "anatomy", None), "layers", None)
     return parts is not None and parts[layer].cross
 
@@ -256,7 +257,7 @@ class Chunk:
             return self.real
         if isinstance(group, int):
             return self.real & (torch.arange(self.real.shape[1]) == group)
-        return self.masks.get(group, torch.zeros_like(self.real))
+        return self.pictures if group == EVERYTHING else self.masks.get(group, torch.zeros_like(self.real))
 
     def value(self, hook: str) -> Tensor:
         """The donor's activation at the base's positions."""

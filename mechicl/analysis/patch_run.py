@@ -103,6 +103,21 @@ def record(sweep: Sweep, contrast: Contrast, clean: Batch, corrupt: Batch, patch
     return Recorded(sweep, chunk, prompts, donor, read, values["clean"], values["corrupt"])
 
 
+def run_ends(sweep: Sweep, contrast: Contrast, clean: Batch, corrupt: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """The metric of the clean and of the corrupt run alone.
+
+    Raises:
+        EpisodeError: the prompts' tokens do not match (see `prompts.align.align`).
+    """
+    align(clean, corrupt, sweep.align)
+    logits = []
+    for batch in (clean, corrupt):
+        wide = contrast.widen(batch)
+        logits.append(keep(sweep.model, wide, [], contrast.positions(wide))[0])
+    read = contrast.reader(clean, lambda: logits[0])
+    return read(logits[0]), read(logits[1])
+
+
 def added_layers(model: Any) -> list[int]:
     """Layers before which the model adds what it saw to the stream (DeepStack): replacing embeddings alone leaves the picture visible."""
     family = getattr(model, "family", None)
@@ -165,8 +180,8 @@ def tower_masks(model: Any, batch: Batch, groups: dict[str, Tensor]) -> dict[str
         pictures = batch.mask("image").cpu()
         weight = torch.randn(features[0].shape[-1], generator=torch.Generator().manual_seed(0)).to(features[0])
         out: dict[str, list[Tensor]] = {}
-        for name, mask in groups.items():
-            if not name.endswith("image"):
+        for name, mask in [*groups.items(), (EVERYTHING, pictures)]:
+            if name != EVERYTHING and not name.endswith("image"):
                 continue
             total = (features[0][(mask & pictures).to(features[0].device)] @ weight).sum()
             grads = torch.autograd.grad(total, states, retain_graph=True, allow_unused=True)

@@ -14,7 +14,7 @@ from mechicl.analysis.feed import progress_bar, provenance
 from mechicl.analysis.metrics import Contrast, Metric, contrast
 from mechicl.analysis.patch_cells import ALIGNABLE, HEADS, By, Patch, Selection, SitePlan, plan
 from mechicl.analysis.patch_engine import Engine
-from mechicl.analysis.patch_run import Recorded, Sweep, added_layers, record
+from mechicl.analysis.patch_run import Recorded, Sweep, added_layers, record, run_ends
 from mechicl.analysis.patch_store import Store, fingerprint, weights
 from mechicl.analysis.statistics import benjamini_hochberg, bootstrap_interval, holm, ratio_interval, sign_flip_p
 from mechicl.errors import EpisodeError, OptionError
@@ -168,11 +168,19 @@ class _Job:
         count = max(1, -(-self.n // size))
         return [list(range(k * self.n // count, (k + 1) * self.n // count)) for k in range(count)]
 
+    def some(self, rows: Sequence[int]) -> tuple[Contrast, Batch, Batch]:
+        """Some of the pairs."""
+        if len(rows) == self.n:
+            return self.contrast, self.clean, self.corrupt
+        return self.contrast.take(rows), self.clean.select(rows), self.corrupt.select(rows)
+
     def record(self, rows: Sequence[int]) -> Recorded:
         """Both runs of some pairs."""
-        whole = len(rows) == self.n
-        clean, corrupt = (batch if whole else batch.select(rows) for batch in (self.clean, self.corrupt))
-        return record(self.sweep, self.contrast.take(rows), clean, corrupt, self.patches)
+        return record(self.sweep, *self.some(rows), self.patches)
+
+    def ends(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """The metric of the clean and of the corrupt run of some pairs."""
+        return run_ends(self.sweep, *self.some(rows))
 
     def groups(self) -> Iterator[tuple[str, list[Patch]]]:
         """Cells that are run together: one site, one layer."""
@@ -296,6 +304,11 @@ def _run(job: _Job, store: Store | None, progress: bool) -> dict[str, np.ndarray
     if progress and total > 20 * CELLS_AT_ONCE:
         estimate, _ = job.cost()
         print_cost(estimate)
+    if len(parts) > 1:  # before hours of cells: that there is something to be explained
+        for rows in parts:
+            if np.isnan(raw["clean"][rows]).any():
+                _keep_ends(job.ends(rows), rows, raw, store)
+        _gap(raw["clean"][:, 0], raw["corrupt"][:, 0], job.contrast.unit, 0)
     bar = progress_bar(None, total=total, what="patching", show=progress)
     for rows in parts:
         recorded: Recorded | None = None
@@ -317,11 +330,18 @@ def _run(job: _Job, store: Store | None, progress: bool) -> dict[str, np.ndarray
 
 def _begin(job: _Job, rows: Sequence[int], raw: Mapping[str, np.ndarray], store: Store | None) -> Recorded:
     recorded = job.record(rows)
-    for name, values in (("clean", recorded.clean), ("corrupt", recorded.corrupt)):
+    if np.isnan(raw["clean"][rows]).any():
+        _keep_ends((recorded.clean, recorded.corrupt), rows, raw, store)
+        if len(rows) == job.n:
+            _gap(recorded.clean, recorded.corrupt, job.contrast.unit, 0)
+    return recorded
+
+
+def _keep_ends(ends: tuple[np.ndarray, np.ndarray], rows: Sequence[int], raw: Mapping[str, np.ndarray], store: Store | None) -> None:
+    for name, values in zip(("clean", "corrupt"), ends, strict=True):
         raw[name][rows, 0] = values
         if store is not None:
             store.add(name, [0], rows, values[:, None])
-    return recorded
 
 
 def print_cost(estimate: PatchCost, write: Callable[[str], None] | None = None) -> None:

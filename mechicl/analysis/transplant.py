@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mechicl.analysis.feed import progress_bar, provenance
 from mechicl.analysis.metrics import Contrast, Metric
-from mechicl.analysis.patch_cells import INPUTS, STATES, STREAM, Edit, hook_name, keep
+from mechicl.analysis.patch_cells import INPUTS, STATES, STREAM, Edit, cross, hook_name, keep
 from mechicl.analysis.patch_engine import Engine, additions, make_base, stack_hooks
 from mechicl.analysis.patch_run import added_layers
 from mechicl.analysis.statistics import benjamini_hochberg, holm, mean_estimate, paired_change, ratio_interval, sign_flip_p
@@ -364,6 +364,8 @@ def _layers(model: Any, site: str, layers: Collection[int] | None, heads: Collec
     for layer in range(model.cfg.n_layers) if layers is None else sorted(layers):
         in_heads = heads is None or site in STREAM or any(at == layer for at, _ in heads)
         if not in_heads:
+            continue
+        if site in ("k", "v", "rot_k") and cross(model, layer):  # it reads pictures, not the prompt's tokens
             continue
         if layers is not None or _hook_of(site, layer) in model.hook_dict:
             model.check_hook_name(_hook_of(site, layer))
