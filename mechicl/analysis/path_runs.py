@@ -42,18 +42,17 @@ class Runs:
     @staticmethod
     @torch.no_grad()
     def of(
-        model: Any, contrast: Contrast, clean: Batch, corrupt: Batch, direction: str, mask: Tensor | None
+        model: Any, contrast: Contrast, clean: Batch, corrupt: Batch, direction: str, where: Callable[[Batch], Tensor] | None
     ) -> tuple[Runs, np.ndarray, np.ndarray]:
-        """Both runs recorded, and the metric of the clean and of the corrupt one [pair]. `mask` is of the prompts as they are."""
+        """Both runs recorded, and the metric of the clean and of the corrupt one [pair]. `where` gives the mask of the prompts with the scored
+        labels behind them."""
         wide = {"clean": contrast.widen(clean), "corrupt": contrast.widen(corrupt)}
         sites = [z_name(layer) for layer in range(model.cfg.n_layers)]
         sites += [f"blocks.{layer}.hook_mlp_out" for layer in range(model.cfg.n_layers) if has_mlp(model, layer)]
         runs = {side: record(model, batch, positions=contrast.positions(batch), sites=sites) for side, batch in wide.items()}
         measure = contrast.reader(clean, lambda: runs["clean"].logits)
         first, second = ("corrupt", "clean") if direction == "denoise" else ("clean", "corrupt")
-        if mask is not None:  # copies of the prompts, with the labels' tokens behind them
-            n, n_pos = runs[first].n, runs[first].n_pos
-            mask = torch.nn.functional.pad(mask, (0, n_pos - mask.shape[1])).repeat(n // len(mask), 1).to(runs[first].logits.device)
+        mask = None if where is None else where(wide[first]).to(runs[first].logits.device)
         return Runs(model, runs[first], runs[second], mask, measure), measure(runs["clean"].logits), measure(runs["corrupt"].logits)
 
     @torch.no_grad()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mechicl.analysis.feed import progress_bar, provenance
@@ -51,7 +52,7 @@ def path_patch(
     that its whole group of heads is affected. The embeddings are one sender, pictures included (DeepStack's later additions count as theirs from the layer that they
     enter). Positions stay together: a sender is exchanged at all of them.
 
-    Read the size of an effect with two things in mind. It is the edge's alone: parts that work together (a conjunction) show nothing when only one of them is restored,
+    Read the size of an effect with two things in mind. It is the edge's alone: parts that work together (a conjunction) show little when only one of them is restored,
     so noising finds the edges that are needed and denoising those that suffice. And a change far from anything the model has seen may do more than it would
     within a prompt; compare freeze="heads".
 
@@ -98,7 +99,7 @@ def path_patch(
     if len(rows) < first.n:
         first, second = first.select(rows), second.select(rows)
     align(first, second, None, names=("clean", "corrupt"))
-    mask = _mask(first, spans)
+    where = _where(first, spans)
     size = max(1, batch_size // measured.blocks)
     parts = [list(range(k, min(k + size, first.n))) for k in range(0, first.n, size)]
     edges = sum(feeds(s, r) for s in chosen for r in asked)
@@ -106,9 +107,7 @@ def path_patch(
     raws, ends = [], []
     for part in parts:
         sides = [side if len(parts) == 1 else side.select(part) for side in (first, second)]
-        runs, *both = Runs.of(
-            model, measured.take(part), sides[0], sides[1], direction, None if mask is None else _rows(mask, part, sides[0])
-        )
+        runs, *both = Runs.of(model, measured.take(part), sides[0], sides[1], direction, where)
         raws.append(runs.effects(chosen, asked, frozen, bar.update))
         ends.append(both)
         notes += [note for note in runs.start.notes if note not in notes]
@@ -139,7 +138,7 @@ def _statistics(
     above = raw - corrupt[:, None, None]
     low, high = ratio_interval(above, gap, seed=seed)
     rounding = max(1e-5 * float(np.abs(gap).mean()), 2e-6 * float(np.abs(start).max()))
-    p = sign_flip_p(raw - start[:, None, None], n_draws=n_permutations, seed=seed, tie=rounding)
+    p = sign_flip_p(raw - start[:, None, None], n_draws=n_permutations, seed=seed, tie=np.asarray(rounding))
     return above.mean(0) / gap.mean(), low, high, p
 
 
@@ -165,21 +164,25 @@ def _named(given: Any, existing: tuple[Any, ...], what: str) -> tuple[Any, ...]:
     return tuple(node for node in existing if node in found)
 
 
-def _mask(batch: Batch, spans: Sequence[str] | str | None) -> Tensor | None:
-    """Tokens of the named groups [batch, pos]."""
+def _where(batch: Batch, spans: Sequence[str] | str | None) -> Callable[[Batch], Tensor] | None:
+    """From prompts to the tokens of the named groups [batch, pos]; None for all tokens.
+
+    Raises:
+        OptionError: `batch` has no such group.
+    """
     if spans is None:
         return None
-    groups = {**span_groups(batch, "shot"), **span_groups(batch, "span")}
     names = [spans] if isinstance(spans, str) else list(spans)
-    for name in names:
-        if name not in groups:
-            raise OptionError(f"spans must be among {', '.join(groups)}; got {name!r}. Choose groups that the prompts have.")
-    found = groups[names[0]].clone()
-    for name in names[1:]:
-        found |= groups[name]
-    return found
+    groups = {**span_groups(batch, "shot"), **span_groups(batch, "span")}
+    wrong = [name for name in names if name not in groups]
+    if wrong or not names:
+        raise OptionError(
+            f"spans must be among {', '.join(groups)}; got {repr(wrong[0]) if wrong else 'none'}. Choose groups that the prompts have."
+        )
 
+    def tokens(some: Batch) -> Tensor:
+        found = {**span_groups(some, "shot"), **span_groups(some, "span")}
+        masks = [found[name] for name in names if name in found]
+        return torch.stack(masks).any(0) if masks else torch.zeros(some.n, some.n_pos, dtype=torch.bool)
 
-def _rows(mask: Tensor, rows: Sequence[int], batch: Batch) -> Tensor:
-    """The mask of some prompts, which may have been padded anew."""
-    return mask[list(rows), -batch.n_pos :]
+    return tokens

@@ -2,7 +2,7 @@
 
 An edge counts as part of a program's circuit if it carries something on the program's own pairs of prompts: with every other input of every part as in the clean run,
 the sender's output of the corrupt run in what this one receiver reads changes the answer's logit ("noising"). The circuits are conjunctions: every listed edge is
-needed, and restoring a single one in the corrupt run ("denoising") mostly changes nothing, because the others are still corrupt. Parts that a pair leaves equal carry
+needed, and restoring a single one in the corrupt run ("denoising") does not bring the answer back, because the others are still corrupt. Parts that a pair leaves equal carry
 nothing, whatever the weights say: that is why the pairs change every token and, by default, the places of all tokens but the first too.
 """
 
