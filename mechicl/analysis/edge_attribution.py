@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from mechicl.analysis.edge_exact import edges_exactly
 from mechicl.analysis.edge_gradients import CHUNK_BYTES, START, Run, between_layers, gradients_at, received, sent, two_runs
 from mechicl.analysis.feed import progress_bar, provenance
 from mechicl.analysis.metrics import Metric
-from mechicl.analysis.patching import Given
+from mechicl.analysis.patching import Given, _gap
 from mechicl.errors import OptionError
 from mechicl.models.edge_graph import EdgeGraph
 from mechicl.prompts.align import span_groups
@@ -33,10 +33,10 @@ def eap(
     clean: Given,
     corrupt: Batch | Sequence[Episode] | None = None,
     *,
-    method: Method = "EAP",
+    method: Method | str = "EAP",
     steps: int = 5,
     metric: Metric = "logit_diff",
-    direction: Direction = "noise",
+    direction: Direction | str = "noise",
     mlps: bool = True,
     by_span: bool = False,
     exact: int = 24,
@@ -84,35 +84,36 @@ def eap(
         Syed, Rager and Conmy 2023 (EAP); Hanna, Pezzelle and Belinkov 2024 (EAP-IG). Differs: middles of the steps instead of their ends, intervals over
         episodes, always beside exact runs.
     """
-    _check(method, direction, steps, exact, batch_size)
+    way, start = _checked(method, direction, steps, exact, batch_size)
     whole = EdgeGraph.of(model)
     graph = replace(whole, mlps=whole.mlps and mlps)
     pairs = score(model, clean, corrupt, metric)
     spans = list(span_groups(pairs.clean)) if by_span else []
-    found = _sweep(model, pairs, graph, method, steps, direction, spans, batch_size, progress)
-    ends = (found.start, found.other) if direction == "noise" else (found.other, found.start)
+    found = _sweep(model, pairs, graph, way, steps, start, spans, batch_size, progress)
+    ends = (found.start, found.other) if start == "noise" else (found.other, found.start)
     possible = graph.possible.T
     raw = np.where(possible, found.raw, np.nan)
+    notes = (*pairs.notes, *_gap(*ends, pairs.contrast.unit, seed))
     value, low, high = share_interval(raw, ends[0] - ends[1], seed=seed)
     options = {
-        "method": method,
+        "method": way,
         "steps": steps,
         "metric": pairs.contrast.name,
-        "direction": direction,
+        "direction": start,
         "mlps": mlps,
         "exact": exact,
         "batch_size": batch_size,
     }
-    agreement = _agreement(model, pairs, graph, value, direction, ends, exact, seed, batch_size, progress) if exact else None
+    agreement = _agreement(model, pairs, graph, value, start, ends, exact, seed, batch_size, progress) if exact else None
     return EdgeScores(
-        method=method, senders=graph.senders, receivers=graph.receivers, value=value, low=low, high=high, raw=raw, metric=pairs.contrast.name,
-        unit=pairs.contrast.unit, direction=direction, clean=ends[0], corrupt=ends[1], steps=steps if method == "EAP-IG" else 1, agreement=agreement,
+        method=way, senders=graph.senders, receivers=graph.receivers, value=value, low=low, high=high, raw=raw, metric=pairs.contrast.name,
+        unit=pairs.contrast.unit, direction=start, clean=ends[0], corrupt=ends[1], steps=steps if way == "EAP-IG" else 1, agreement=agreement,
         pairs=pairs.how, n=pairs.n, skipped=pairs.skipped, provenance=provenance(model, task=task, seed=seed, options=options),
-        notes=pairs.notes, by_span=np.where(possible[..., None], found.split / pairs.n / gap(*ends), np.nan) if by_span else None, spans=tuple(spans),
+        notes=notes, by_span=np.where(possible[..., None], found.split / pairs.n / gap(*ends), np.nan) if by_span else None, spans=tuple(spans),
     )  # fmt: skip
 
 
-def _check(method: str, direction: str, steps: int, exact: int, batch_size: int) -> None:
+def _checked(method: str, direction: str, steps: int, exact: int, batch_size: int) -> tuple[Method, Direction]:
     if method not in get_args(Method):
         raise OptionError(f"method must be one of {', '.join(get_args(Method))}; got {method!r}. EAP-IG is slower and closer.")
     if direction not in get_args(Direction):
@@ -121,6 +122,7 @@ def _check(method: str, direction: str, steps: int, exact: int, batch_size: int)
         raise OptionError(
             f"steps and batch_size must be at least 1 and exact at least 0; got {steps}, {batch_size} and {exact}. Raise them."
         )
+    return cast(Method, method), cast(Direction, direction)
 
 
 class _Sums:
