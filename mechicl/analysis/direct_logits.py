@@ -38,7 +38,7 @@ def direct_logits(
     model: Any,
     data: Data,
     *,
-    by: Split = "component",
+    by: Split | str = "component",
     against: str = "best wrong",
     control: bool = True,
     seed: int = 0,
@@ -78,7 +78,7 @@ def direct_logits(
         raise OptionError(f"by must be component, layer or span; got {by!r}. Pick one.")
     check_by(model, "layer" if by == "layer" else "component")
     rehearse(model, data)
-    kept, skipped = comparable_labels(model, data, against)
+    kept, skipped = comparable_labels(model, data, against, batch_size)
     data, names = take(data, kept), [ids_of(data)[i] for i in kept]
     run = _run(model, data, by, against, batch_size, names, progress, "attributing logits")
     null = _permuted(model, data, by, against, batch_size, seed, progress) if control else "it was not asked for"
@@ -127,7 +127,7 @@ def _first(ids: Sequence[Sequence[int]]) -> list[int]:
     return [one[0] for one in ids]
 
 
-def comparable_labels(model: Any, data: Data, against: str) -> tuple[list[int], tuple[Skipped, ...]]:
+def comparable_labels(model: Any, data: Data, against: str, batch_size: int) -> tuple[list[int], tuple[Skipped, ...]]:
     """Episodes whose right label begins with another token than the wrong one it is compared with; the others, each with its reason.
 
     Raises:
@@ -136,7 +136,7 @@ def comparable_labels(model: Any, data: Data, against: str) -> tuple[list[int], 
     kept: list[int] = []
     skipped: list[Skipped] = []
     names, at = ids_of(data), 0
-    for batch in batches(model, data, 16):
+    for batch in batches(model, data, batch_size):
         for labels, ids, answer in zip(batch.candidates, batch.candidate_ids, batch.answers, strict=True):
             first = _first(ids)
             rivals = {t for k, t in enumerate(first) if k != answer and (against in ("best wrong", "mean wrong") or labels[k] == against)}
@@ -156,7 +156,7 @@ def comparable_labels(model: Any, data: Data, against: str) -> tuple[list[int], 
     return kept, tuple(skipped)
 
 
-def _permuted(model: Any, data: Data, by: Split, against: str, batch_size: int, seed: int, progress: bool) -> _Found | str:
+def _permuted(model: Any, data: Data, by: str, against: str, batch_size: int, seed: int, progress: bool) -> _Found | str:
     """The same parts with the exemplars' labels dealt out anew; a reason where that cannot be done."""
     episodes: Sequence[Episode] = data.episodes if isinstance(data, Batch) else data
     if not episodes:
@@ -173,7 +173,7 @@ def _permuted(model: Any, data: Data, by: Split, against: str, batch_size: int, 
 
 
 @torch.no_grad()
-def _run(model: Any, data: Data, by: Split, against: str, batch_size: int, names: Sequence[str], progress: bool, what: str) -> _Found:
+def _run(model: Any, data: Data, by: str, against: str, batch_size: int, names: Sequence[str], progress: bool, what: str) -> _Found:
     head = Unembedding(model)
     parts: list[tuple[tuple[str, ...], Tensor]] = []
     splits: list[dict[str, Tensor]] = []

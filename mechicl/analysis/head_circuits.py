@@ -29,8 +29,8 @@ def head_circuits(
     heads: Sequence[Head],
     data: Data | None = None,
     *,
-    keys: Keys = "label",
-    by: By = "component",
+    keys: Keys | str = "label",
+    by: By | str = "component",
     fold: bool = True,
     n_random: int = 200,
     most: int = MOST,
@@ -99,7 +99,7 @@ def head_circuits(
             notes.append(
                 f"The model's scores have terms beside q . k (a soft-cap or a bias of place), up to {gap:.0%} of the largest: tables explain q . k only."
             )
-        labels = _labels(model, data)
+        labels = _labels(model, data, batch_size)
     whole, few = _both(model, chosen, labels, fold, n_random, seed, notes)
     options = {
         "heads": [list(head) for head in chosen],
@@ -131,9 +131,9 @@ def _both(
     return whole, few
 
 
-def _labels(model: Any, data: Data) -> Tensor:
+def _labels(model: Any, data: Data, batch_size: int) -> Tensor:
     """First tokens of all candidates."""
-    found = [first_tokens(batch.candidate_ids) for batch in batches(model, data, 16)]
+    found = [first_tokens(batch.candidate_ids) for batch in batches(model, data, batch_size)]
     return torch.cat([tokens[known] for tokens, known in found]).unique()
 
 

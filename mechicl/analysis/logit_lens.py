@@ -34,7 +34,7 @@ def logit_lens(
     model: Any,
     data: Data,
     *,
-    of: Of = "margin",
+    of: Of | str = "margin",
     spans: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
     prompt: int | None = None,
@@ -82,7 +82,7 @@ def logit_lens(
     if prompt is not None and not 0 <= prompt < len(data):
         raise OptionError(f"prompt must be the number of an episode, 0..{len(data) - 1}; got {prompt}. Leave it out for none.")
     rehearse(model, data)
-    kept, skipped = comparable_labels(model, data, "best wrong")
+    kept, skipped = comparable_labels(model, data, "best wrong", batch_size)
     shown = _prompt_lens(model, data, prompt, chosen, top, task) if prompt is not None else None
     data, names = take(data, kept), [ids_of(data)[i] for i in kept]
     values, known, answers, there, residue = _run(model, data, of, spans, chosen, batch_size, names, progress)
@@ -117,7 +117,7 @@ def _mean(values: np.ndarray) -> np.ndarray:
 
 
 def _null(
-    values: np.ndarray, known: np.ndarray, observed: np.ndarray, of: Of, n_draws: int, seed: int
+    values: np.ndarray, known: np.ndarray, observed: np.ndarray, of: str, n_draws: int, seed: int
 ) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
     """Mean and central 95 % of the mean when a random candidate counts as right, and the share of draws at least as good as the truth.
 
@@ -155,7 +155,7 @@ def _null(
 def _run(
     model: Any,
     data: Data,
-    of: Of,
+    of: str,
     spans: Sequence[str] | None,
     layers: Sequence[int],
     batch_size: int,
@@ -204,7 +204,7 @@ class _Reader:
     `masks` [batch, span, pos]. `values[layer]` [batch, label, span]: what is read if that candidate is the right one.
     """
 
-    def __init__(self, head: Unembedding, batch: Batch, masks: Bool[Tensor, "batch span pos"], of: Of) -> None:
+    def __init__(self, head: Unembedding, batch: Batch, masks: Bool[Tensor, "batch span pos"], of: str) -> None:
         self.head, self.of, self.batch = head, of, batch
         self.tokens, self.known = first_tokens(batch.candidate_ids)
         self.read = masks.any(1)

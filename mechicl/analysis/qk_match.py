@@ -20,7 +20,7 @@ from mechicl.analysis.layout import closing_group, count_shots, image_group, lab
 from mechicl.analysis.norms import FrozenNorm
 from mechicl.analysis.rotation import Rotation, recover
 from mechicl.analysis.statistics import bootstrap_interval, mean_estimate
-from mechicl.analysis.written import By, Written, aligned, at, order
+from mechicl.analysis.written import Written, aligned, at, order
 from mechicl.errors import EmptySpanError, UnsupportedModelError
 from mechicl.models.weights import AttentionWeights
 from mechicl.prompts.batch import Batch
@@ -46,7 +46,7 @@ class Keyed:
     right: Tensor
 
     @staticmethod
-    def of(batch: Batch, n_shots: int, keys: Keys) -> Keyed:
+    def of(batch: Batch, n_shots: int, keys: str) -> Keyed:
         """Find them."""
         where = layout(batch, n_shots)
         group = {
@@ -186,7 +186,7 @@ class _Vectors:
 
 @torch.no_grad()
 def matches(
-    model: Any, data: Data, heads: Sequence[Head], *, keys: Keys, by: By, batch_size: int, most: int, seed: int, progress: bool
+    model: Any, data: Data, heads: Sequence[Head], *, keys: str, by: str, batch_size: int, most: int, seed: int, progress: bool
 ) -> tuple[dict[Head, QKMatch], float]:
     """The table of every head, and the largest gap between its score differences and those of the model's own attention."""
     layers = sorted({layer for layer, _ in heads})

@@ -65,7 +65,7 @@ class Written:
         layers: How many layers to follow; default all.
     """
 
-    def __init__(self, model: Any, positions: Int[Tensor, "batch n"], *, by: By = "component", layers: int | None = None) -> None:
+    def __init__(self, model: Any, positions: Int[Tensor, "batch n"], *, by: By | str = "component", layers: int | None = None) -> None:
         check_by(model, by)
         self.model, self.positions, self.by = model, positions, by
         self.n_layers = model.cfg.n_layers if layers is None else layers
