@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mechicl.analysis.ablation import ablate, dose_curve
+    from mechicl.analysis.circuit_overlap import compare_circuits
     from mechicl.analysis.circuits import circuit_curve, evaluate_circuit, find_circuit
     from mechicl.analysis.direct_logits import direct_logits
     from mechicl.analysis.head_circuits import head_circuits
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from mechicl.analysis.icl import icl_accuracy
     from mechicl.analysis.logit_lens import logit_lens
     from mechicl.analysis.patching import patch
+    from mechicl.analysis.paths import path_patch
+    from mechicl.analysis.span_knockouts import span_knockout
     from mechicl.analysis.study import find_and_prove
     from mechicl.analysis.transplant import transplant
     from mechicl.models.load import load
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "compare_circuits": "mechicl.analysis.circuit_overlap",
     "circuit_curve": "mechicl.analysis.circuits",
     "evaluate_circuit": "mechicl.analysis.circuits",
     "find_circuit": "mechicl.analysis.circuits",
@@ -44,14 +48,33 @@ _HOMES = {
     "head_circuits": "mechicl.analysis.head_circuits",
     "find_and_prove": "mechicl.analysis.study",
     "patch": "mechicl.analysis.patching",
+    "path_patch": "mechicl.analysis.paths",
+    "span_knockout": "mechicl.analysis.span_knockouts",
     "transplant": "mechicl.analysis.transplant",
     "plot": "mechicl.views.plots",
 }
 _MODULES = ("data", "prompts", "models", "analysis", "training", "views", "errors", "results")
 
 __all__ = [
-    "Episode", "HookedVLM", "Shot", "ablate", "attention_by_role", "circuit_curve", "direct_logits", "dose_curve", "evaluate_circuit",
-    "find_and_prove", "find_circuit", "head_circuits", "icl_accuracy", "load", "logit_lens", "patch", "plot", "score_heads",
+    "Episode",
+    "HookedVLM",
+    "Shot",
+    "ablate",
+    "attention_by_role",
+    "circuit_curve",
+    "compare_circuits",
+    "direct_logits",
+    "dose_curve",
+    "evaluate_circuit",
+    "find_and_prove",
+    "find_circuit",
+    "head_circuits",
+    "icl_accuracy",
+    "load",
+    "logit_lens",
+    "patch",
+    "plot",
+    "score_heads",
     "transplant",
 ]  # fmt: skip
 
