@@ -56,26 +56,9 @@ _HOMES = {
 _MODULES = ("data", "prompts", "models", "analysis", "training", "views", "errors", "results")
 
 __all__ = [
-    "Episode",
-    "HookedVLM",
-    "Shot",
-    "ablate",
-    "attention_by_role",
-    "circuit_curve",
-    "compare_circuits",
-    "direct_logits",
-    "dose_curve",
-    "evaluate_circuit",
-    "find_and_prove",
-    "find_circuit",
-    "head_circuits",
-    "icl_accuracy",
-    "load",
-    "logit_lens",
-    "patch",
-    "plot",
-    "score_heads",
-    "transplant",
+    "Episode", "HookedVLM", "Shot", "ablate", "attention_by_role", "circuit_curve", "compare_circuits", "direct_logits", "dose_curve",
+    "evaluate_circuit", "find_and_prove", "find_circuit", "head_circuits", "icl_accuracy", "load", "logit_lens", "patch", "plot",
+    "score_heads", "transplant",
 ]  # fmt: skip
 
 

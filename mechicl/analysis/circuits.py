@@ -15,6 +15,7 @@ from mechicl.analysis.circuit_search import forward, grown, prefixes, prune, sma
 from mechicl.analysis.feed import provenance
 from mechicl.analysis.metrics import Metric
 from mechicl.errors import OptionError
+from mechicl.models.edge_graph import EdgeGraph
 from mechicl.models.subgraph import MEMORY
 from mechicl.prompts.corrupt import Pairs
 from mechicl.results import Circuit, CircuitCurve, Edge, Estimate, Sender
@@ -192,8 +193,13 @@ def circuit_curve(
         ks=items.edges_kept(sets), edges_in_order=edges, scores=each, n_live=live.sum((1, 2)), faithfulness=tuple(test.estimate(row, seed=seed) for row in raw),
         random_low=low, random_mean=mean, random_high=high, n_draws=n_random, raw=raw.T, clean=test.clean, corrupt=test.corrupt, replacement=replacement,
         metric=whole.reads.name, unit=whole.reads.unit, scored_by=scored_by, n_edges_possible=int(whole.graph.possible.sum()), n=test.n, skipped=whole.skipped,
-        provenance=provenance(model, task=task, seed=seed, options=options), level=level, places=places_of(whole.graph, places), notes=whole.notes,
+        provenance=provenance(model, task=task, seed=seed, options=options), level=items.level, places=places_of(whole.graph, places), notes=whole.notes, shape=shape_of(whole.graph),
     )  # fmt: skip
+
+
+def shape_of(graph: EdgeGraph) -> dict[str, Any]:
+    """What two models must share for their circuits to be compared."""
+    return {"n_layers": graph.n_layers, "n_heads": graph.n_heads, "n_key_value_heads": graph.n_key_value_heads, "mlps": graph.mlps}
 
 
 def _low(band: np.ndarray) -> float:
@@ -283,5 +289,5 @@ def _circuit(
         metric=runs.reads.name, unit=runs.reads.unit, target=target, found=found, clean=runs.clean, corrupt=runs.corrupt, kept=measured.kept,
         complement=measured.complement, n=runs.n, n_found=n_found, held_out=held_out, skipped=runs.skipped, provenance=record, name=name,
         notes=(*notes, *measured.notes), gaps=measured.gaps,
-        shape={"n_layers": graph.n_layers, "n_heads": graph.n_heads, "n_key_value_heads": graph.n_key_value_heads, "mlps": graph.mlps},
+        shape=shape_of(graph),
     )  # fmt: skip

@@ -177,6 +177,8 @@ class CircuitCurve:
     level: Level = "edge"
     places: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    shape: Mapping[str, Any] = field(default_factory=dict)
+    """As in `Circuit`."""
 
     def edges_at(self, k: int) -> tuple[Edge, ...]:
         """The first k edges, dead ends included."""
