@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class Cell:
     """
 
     layer: int
-    at: Literal["pre", "mid"] = "pre"
+    at: Literal["pre", "mid"] | str = "pre"
     start: int = 0
     stream: Tensor | Callable[[], Tensor] | None = None
     edits: Mapping[str, Edit] = field(default_factory=dict)
@@ -123,9 +123,12 @@ def record(model: Any, batch: Any, *, positions: Any = "last", sites: Sequence[s
         sites: Hook names whose values are kept too.
 
     Raises:
+        OptionError: positions outside the prompts.
         HookNameError: a site does not exist.
         HookNotFiredError: a site was never reached.
     """
+    if isinstance(positions, str) and positions != "last":
+        raise OptionError(f'positions must be "last" or a tensor of positions; got {positions!r}. Give the positions that are read.')
     kept: dict[str, Tensor] = {}
     hooks = [(name, _keep(kept, name)) for name in dict.fromkeys(sites)]
     if isinstance(model, ToyTransformer):
@@ -237,10 +240,27 @@ def _plan(recorded: Recorded, index: int, cell: Cell) -> _Plan:
         raise OptionError(f'edits outside the layers must enter at layer 0, "pre"; got layer {cell.layer}, {cell.at!r}. Change the cell.')
     if recorded.how == "full" or outside:
         return _Plan(index, cell, 0, "pre", 0, full=True, alone=outside and any(name.startswith("vision") for name in cell.edits))
-    at: Entry = cell.at
+    if cell.at == "mid" and not recorded.runner.enters_inside(cell.layer):
+        cell = _from_before(recorded, cell)
+    at = cast(Entry, cell.at)
     if cell.at == "pre" and cell.stream is None and cell.edits and recorded.runner.enters_at_z(cell.layer):
         at = "pre" if any(f"blocks.{cell.layer}.{point}" in cell.edits for point in BEFORE_Z) else "z"
     return _Plan(index, cell, cell.layer, at, recorded.starts[cell.start])
+
+
+def _from_before(recorded: Recorded, cell: Cell) -> Cell:
+    """The same cell entered before its layer, for a layer that cannot be entered inside; its stream replaces what the layer's attention leaves."""
+    name, stream = f"blocks.{cell.layer}.hook_resid_mid", cell.stream
+    if stream is None:
+        stream = recorded.mid(cell.layer)[:, cell.start :]
+    recorded.model.check_hook_name(name)
+    later = cell.edits.get(name)
+
+    def replace(x: Tensor) -> Tensor:
+        new = (stream() if callable(stream) else stream).to(x)
+        return new if later is None else later(new.clone())
+
+    return Cell(cell.layer, "pre", cell.start, None, {**cell.edits, name: replace})
 
 
 def _how_many(recorded: Recorded, queue: Sequence[_Plan], limit: int | None) -> int:
@@ -308,8 +328,7 @@ def _keep(kept: dict[str, Tensor], name: str) -> Callable[..., None]:
 
 def _table(where: Tensor | None, n: int) -> Tensor:
     """Positions as [n, k]."""
-    if where is None:
-        raise OptionError('positions must be "last" or a tensor of positions; got "all". Give the positions that are read.')
+    assert where is not None
     return where if where.dim() == 2 else where[None].expand(n, -1).contiguous()
 
 

@@ -131,6 +131,10 @@ class Runner:
             logits = torch.where(known[..., None], self.recorded_logits.repeat_interleave(job.copies, 0), logits)
         return logits
 
+    def enters_inside(self, layer: int) -> bool:
+        """Whether a pass may enter the layer after its attention."""
+        return True
+
     def enters_at_z(self, layer: int) -> bool:
         """Whether a pass may enter the layer at its heads' outputs."""
         return not any(
