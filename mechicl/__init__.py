@@ -57,8 +57,8 @@ _MODULES = ("data", "prompts", "models", "analysis", "training", "views", "error
 
 __all__ = [
     "Episode", "HookedVLM", "Shot", "ablate", "attention_by_role", "circuit_curve", "compare_circuits", "direct_logits", "dose_curve",
-    "evaluate_circuit", "find_and_prove", "find_circuit", "head_circuits", "icl_accuracy", "load", "logit_lens", "patch", "plot",
-    "score_heads", "transplant",
+    "evaluate_circuit", "find_and_prove", "find_circuit", "head_circuits", "icl_accuracy", "load", "logit_lens", "patch", "path_patch",
+    "plot", "score_heads", "span_knockout", "transplant",
 ]  # fmt: skip
 
 
