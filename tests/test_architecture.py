@@ -23,7 +23,7 @@ OWNERS = {
     "nnsight": {"models/trace.py"},
     "plotly": {"views/plots.py"},
     "circuitsvis": {"views/attention.py"},
-    "jinja2": {"views/report.py"},
+    "jinja2": {"views/page.py"},
     "sklearn": {"data/digits.py", "analysis/trends.py"},
     "ruptures": {"analysis/change_points.py"},
     "statsmodels": {"analysis/statistics.py"},

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
+import torch
 
-from mechicl.analysis.circuits import circuit_curve, evaluate_circuit, find_circuit
+from mechicl.analysis.circuits import Method, circuit_curve, evaluate_circuit, find_circuit
 from mechicl.analysis.edge_attribution import eap
+from mechicl.analysis.metrics import MetricName
 from mechicl.analysis.patching import patch
 from mechicl.analysis.statistics import holm, mean_estimate
 from mechicl.errors import EpisodeError, MechiclError, OptionError, UnsupportedModelError
@@ -17,6 +20,7 @@ from mechicl.models.edge_graph import EdgeGraph
 from mechicl.prompts.corrupt import How, Pairs, minimal_pairs
 from mechicl.prompts.episode import Episode
 from mechicl.results import Circuit, CircuitCurve, EdgeScores, PatchEffects, Trace
+from mechicl.results.circuits import Level
 
 WAYS: tuple[How, ...] = ("swap_exemplars", "swap_labels", "swap_query")
 """Pairs that are tried, in this order: exchanged exemplars change what goes with which label and nothing else, so the whole way can be seen."""
@@ -145,29 +149,117 @@ def _patched(model: Any, pairs: Pairs, common: dict[str, Any], notes: list[str])
 def _circuit(
     model: Any, find: Pairs, prove: Pairs, exact: int, n_random: int, common: dict[str, Any], notes: list[str]
 ) -> tuple[EdgeScores | None, Circuit | None, CircuitCurve | None]:  # fmt: skip
-    """Edges scored and chosen on `find`, measured on `prove`; each None, with a note, where it cannot be done."""
-    scores: EdgeScores | None = None
-    circuit: Circuit | None = None
+    """The circuit's parts, or None and a note where it cannot be had."""
     try:
         graph = EdgeGraph.of(model)
         size = len(graph.senders) * find.clean.n_pos * int(model.cfg.d_model) * 4
         if size > MOST_BYTES:
             raise UnsupportedModelError(
-                f"one prompt's senders must fit into {MOST_BYTES / 1e9:.0f} GB; they take {size / 1e9:.1f} GB. Look for a circuit with shorter prompts, or with `mechicl circuit`."
+                f"one prompt's senders must fit into {MOST_BYTES / 1e9:.0f} GB; they take {size / 1e9:.1f} GB. Use shorter prompts, or `mechicl circuit`."
             )
-        small = int(graph.possible.sum()) <= MOST_EDGES
-        level = "edge" if small else "node"
-        scores = eap(model, find, method="EAP-IG", by_span=True, exact=exact, **common)
-        found = find_circuit(
-            model, find, scores, target=TARGET, level=level, minimal=small, held_out=0.0, n_random=0, places=scores, **common
+        level: Level = "edge" if int(graph.possible.sum()) <= MOST_EDGES else "node"
+        return search_circuit(
+            model, find, prove, CircuitPlan(level=level, exact=exact, n_random=n_random, minimal=level == "edge"), **common
         )
-        circuit = evaluate_circuit(model, prove, found, n_random=n_random, places=scores, **common)
-        ks = stops(found.n_edges if small else len(found.nodes), int(graph.possible.sum()) if small else len(graph.senders))
-        curve = circuit_curve(model, prove, scores, ks, level=level, n_random=max(8, n_random // 2), places=scores, **common)
-        return scores, circuit, replace(curve, circuit=circuit)
     except MechiclError as error:
-        notes.append(f"{'No circuit' if circuit is None else 'No curve of faithfulness'}: {error}")
-        return scores, circuit, None
+        notes.append(f"No circuit: {error}")
+        return None, None, None
+
+
+@dataclass(frozen=True)
+class CircuitPlan:
+    """How a circuit is looked for. `scored_by`: "EAP-IG", "EAP", or "exact" (every edge dropped alone, on the pairs that find); `exact`: edges also run exactly;
+    the rest as in `analysis.circuits.find_circuit`."""
+
+    scored_by: Literal["EAP-IG", "EAP", "exact"] = "EAP-IG"
+    search: Method = "threshold"
+    level: Level = "edge"
+    target: float = TARGET
+    exact: int = 16
+    n_random: int = 20
+    metric: MetricName = "logit_diff"
+    minimal: bool = True
+
+
+def search_circuit(
+    model: Any, find: Pairs, prove: Pairs, plan: CircuitPlan, *, seed: int = 0, batch_size: int = 8, task: str = "", progress: bool = True
+) -> tuple[EdgeScores | None, Circuit, CircuitCurve | None]:  # fmt: skip
+    """A circuit scored and chosen on some pairs and measured on others, with its curve; the curve is None where edges were scored exactly.
+
+    Args:
+        model: A toy, or a `HookedVLM` whose heads are summands of the stream.
+        find: Pairs that choose.
+        prove: Pairs that are measured.
+        plan: How.
+        seed: Of intervals and random circuits.
+        batch_size: Pairs at once.
+        task: For the record.
+        progress: Show bars.
+
+    Raises:
+        UnsupportedModelError: the model has no graph of edges.
+        OptionError, EpisodeError: what `eap` and `find_circuit` refuse.
+    """
+    common: dict[str, Any] = {"metric": plan.metric, "seed": seed, "batch_size": batch_size, "task": task, "progress": progress}
+    scores = None if plan.scored_by == "exact" else eap(model, find, method=plan.scored_by, by_span=True, exact=plan.exact, **common)
+    found = find_circuit(
+        model,
+        find,
+        scores,
+        target=plan.target,
+        method=plan.search,
+        level=plan.level,
+        minimal=plan.minimal,
+        held_out=0.0,
+        n_random=0,
+        places=scores,
+        **common,
+    )
+    circuit = evaluate_circuit(model, prove, found, n_random=plan.n_random, places=scores, **common)
+    if scores is None:
+        return None, circuit, None
+    graph = EdgeGraph.of(model)
+    nodes = plan.level == "node"
+    ks = stops(len(found.nodes) - 2 if nodes else found.n_edges, len(graph.senders) - 1 if nodes else int(graph.possible.sum()))
+    curve = circuit_curve(
+        model, prove, scores, ks, level=plan.level, n_random=min(plan.n_random, max(8, plan.n_random // 2)), places=scores, **common
+    )
+    return scores, circuit, replace(curve, circuit=circuit)
+
+
+@dataclass(frozen=True)
+class CircuitCost:
+    """What the search will take, roughly: `passes` of one prompt through the model, of which one was timed."""
+
+    edges: int
+    n_find: int
+    n_prove: int
+    passes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        time = f"{self.seconds:.0f} s" if self.seconds < 120 else f"{self.seconds / 60:.0f} min"
+        return f"{self.edges} edges, {self.n_find} pairs to find and {self.n_prove} to measure, about {self.passes} passes, {time} (the search may need more)"
+
+
+def circuit_cost(model: Any, find: Pairs, prove: Pairs, plan: CircuitPlan, *, batch_size: int = 8) -> CircuitCost:
+    """Count the passes of `search_circuit` and time a few of them: scores, a search of a hundred sets, the random circuits, the curve.
+
+    Raises:
+        UnsupportedModelError: the model has no graph of edges.
+    """
+    graph = EdgeGraph.of(model)
+    edges = int(graph.possible.sum())
+    rows = range(min(batch_size, find.n))
+    begun = time.perf_counter()
+    with torch.no_grad():
+        model.forward(find.clean.select(rows))
+    each = (time.perf_counter() - begun) / len(rows)
+    steps = {"EAP-IG": 5, "EAP": 1, "exact": 0}[plan.scored_by]
+    scoring = 3 * (steps + 1) + plan.exact if steps else edges  # a backward pass costs about two forward ones
+    sets = 100 if plan.search != "prune" else edges
+    passes = find.n * (scoring + sets) + prove.n * (2 + plan.n_random + 40 + (9 * (1 + max(8, plan.n_random // 2)) if steps else 0))
+    return CircuitCost(edges, find.n, prove.n, passes, passes * each)
 
 
 def stops(size: int, most: int, steps: int = 9) -> list[int]:

@@ -3,6 +3,8 @@
     mechicl report --model demo --task concepts --out report.html
     mechicl heads --model demo
     mechicl ablate --model demo --top 4 --by induction
+    mechicl patch --pairs swap_exemplars --sites resid_pre,z --out runs/patch
+    mechicl circuit --method EAP-IG --target 0.85 --out runs/circuit
     mechicl doctor Qwen/Qwen2.5-VL-3B-Instruct
     mechicl train vlm --family qwen2_5_vl --out runs/organism
     mechicl sweep spec.toml --out runs/sweep --workers 2
@@ -12,7 +14,7 @@ What can be refused is refused before a model is loaded. Numbers go to stdout, e
 
 from __future__ import annotations
 
-from mechicl.cli import heads, report, sweep, train
+from mechicl.cli import heads, patch, report, sweep, train
 from mechicl.cli.app import app, training
 from mechicl.cli.heads import parse_heads
 
@@ -21,6 +23,8 @@ __all__ = ["app", "parse_heads"]
 app.command()(report.report)
 app.command()(heads.heads)
 app.command()(heads.ablate)
+app.command()(patch.patch)
+app.command()(patch.circuit)
 app.command()(heads.doctor)
 training.command("vlm")(train.train_vlm)
 training.command("toy")(train.train_toy)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from mechicl.errors import OptionError
+from mechicl.errors import OptionError, OutputPathError
 
 Task = Literal["concepts", "digits"]
 How = Literal["zero", "mean", "resample"]
@@ -33,12 +34,17 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 Off = Annotated[How, typer.Option("--how", help="How heads are switched off.")]
 
 
-def draw_episodes(task: str, n: int, classes: int, shots: int, size: int, seed: int, *, least: int = 1) -> list[Any]:
+def draw_episodes(
+    task: str, n: int, classes: int, shots: int, size: int, seed: int, *, least: int = 1, one_length: bool = False
+) -> list[Any]:
+    """Episodes of the task. `one_length`: names of two syllables only, so that any label can take another's place (concepts; digits have the names they have)."""
     if n < least:
         raise OptionError(f"episodes must be at least {least}, half to find heads and half to prove them; got {n}. Ask for more.")
     from mechicl.data import concepts, digits
 
-    return (concepts if task == "concepts" else digits).draw(n, classes=classes, shots=shots, size=size, seed=seed)
+    if task == "concepts":
+        return concepts.draw(n, classes=classes, shots=shots, size=size, seed=seed, **({"syllables": (2, 2)} if one_length else {}))
+    return digits.draw(n, classes=classes, shots=shots, size=size, seed=seed)
 
 
 def task_name(task: str, classes: int, shots: int) -> str:
@@ -51,6 +57,32 @@ def load_model(name: str, device: str | None, dtype: str, revision: str | None, 
     if not quiet:
         typer.echo(f"Loading {name} ...", err=True)
     return mechicl.load(name, device=device, dtype=dtype, revision=revision, trust_remote_code=trust, check=check)
+
+
+def one_of(name: str, value: str, allowed: Collection[str]) -> None:
+    """Refuses what is not among the allowed words."""
+    if value not in allowed:
+        raise OptionError(f"{name} must be one of {', '.join(allowed)}; got {value!r}. Pick one of them.")
+
+
+def check_folder(out: Path | None) -> Path | None:
+    """A folder that files can be written to, or that can be made; nothing is made yet.
+
+    Raises:
+        OutputPathError: it is a file, its parent is missing, or one of them is read-only.
+    """
+    import os
+
+    if out is None:
+        return None
+    folder = out.expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise OutputPathError(f"out must be a folder; got the file {folder}. Name a folder.")
+    if not folder.exists() and not folder.parent.is_dir():
+        raise OutputPathError(f"out must lie in an existing folder; there is no folder {folder.parent}. Create it, or write elsewhere.")
+    if not os.access(folder if folder.exists() else folder.parent, os.W_OK):
+        raise OutputPathError(f"out must be writable; {folder} is not. Change its permissions, or write elsewhere.")
+    return folder
 
 
 def write_text(target: Path, text: str) -> None:
