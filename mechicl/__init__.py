@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mechicl.analysis.ablation import ablate, dose_curve
+    from mechicl.analysis.attribution import attribute
     from mechicl.analysis.circuit_overlap import compare_circuits
     from mechicl.analysis.circuits import circuit_curve, evaluate_circuit, find_circuit
     from mechicl.analysis.direct_logits import direct_logits
+    from mechicl.analysis.edge_attribution import eap
+    from mechicl.analysis.function_vectors import add_function_vector, function_vector, function_vector_scores
     from mechicl.analysis.head_circuits import head_circuits
     from mechicl.analysis.heads import attention_by_role, score_heads
     from mechicl.analysis.icl import icl_accuracy
@@ -43,6 +46,11 @@ _HOMES = {
     "icl_accuracy": "mechicl.analysis.icl",
     "ablate": "mechicl.analysis.ablation",
     "dose_curve": "mechicl.analysis.ablation",
+    "attribute": "mechicl.analysis.attribution",
+    "eap": "mechicl.analysis.edge_attribution",
+    "function_vector_scores": "mechicl.analysis.function_vectors",
+    "function_vector": "mechicl.analysis.function_vectors",
+    "add_function_vector": "mechicl.analysis.function_vectors",
     "direct_logits": "mechicl.analysis.direct_logits",
     "logit_lens": "mechicl.analysis.logit_lens",
     "head_circuits": "mechicl.analysis.head_circuits",
@@ -56,9 +64,10 @@ _HOMES = {
 _MODULES = ("data", "prompts", "models", "analysis", "training", "views", "errors", "results")
 
 __all__ = [
-    "Episode", "HookedVLM", "Shot", "ablate", "attention_by_role", "circuit_curve", "compare_circuits", "direct_logits", "dose_curve",
-    "evaluate_circuit", "find_and_prove", "find_circuit", "head_circuits", "icl_accuracy", "load", "logit_lens", "patch", "path_patch",
-    "plot", "score_heads", "span_knockout", "transplant",
+    "Episode", "HookedVLM", "Shot", "ablate", "add_function_vector", "attention_by_role", "attribute", "circuit_curve",
+    "compare_circuits", "direct_logits", "dose_curve", "eap", "evaluate_circuit", "find_and_prove", "find_circuit", "function_vector",
+    "function_vector_scores", "head_circuits", "icl_accuracy", "load", "logit_lens", "patch", "path_patch", "plot", "score_heads",
+    "span_knockout", "transplant",
 ]  # fmt: skip
 
 
