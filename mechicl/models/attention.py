@@ -175,12 +175,12 @@ def _without_closed(call: AttentionCall, out: Tensor, closed: Closed) -> Tensor:
     where = closed.dest(call)
     if not where.shape[1]:
         return out
-    out = out.clone()
+    parts = []
     for chunk in row_chunks(call, where):
         scores, allowed = rows(call, chunk)
-        new = combine(call, softmax(call, scores, allowed, chunk))
-        out = out.scatter(1, chunk[..., None, None].expand_as(new), new.to(out.dtype))
-    return out
+        parts.append(combine(call, softmax(call, scores, allowed, chunk)))
+    new = torch.cat(parts, 1)
+    return out.scatter(1, where[..., None, None].expand_as(new), new.to(out.dtype))
 
 
 def rows(call: AttentionCall, dest: Tensor) -> tuple[Tensor, Tensor]:
