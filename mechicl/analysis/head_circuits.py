@@ -94,10 +94,14 @@ def head_circuits(
         view, scores = _scores_of(model, data, prompt, chosen, task) if prompt is not None else (None, None)
         kept, skipped = comparable(data)
         data = take(data, kept)
-        tables, gap = matches(model, data, chosen, keys=keys, by=by, batch_size=batch_size, most=most, seed=seed, progress=progress)
+        tables, gap, unread = matches(model, data, chosen, keys=keys, by=by, batch_size=batch_size, most=most, seed=seed, progress=progress)
         if gap > AGREE:
             notes.append(
                 f"The model's scores have terms beside q . k (a soft-cap or a bias of place), up to {gap:.0%} of the largest: tables explain q . k only."
+            )
+        if unread:
+            notes.append(
+                f"Heads {', '.join(f'{a}.{b}' for a, b in unread)} may not read all keys (a sliding window): tables count the scores of hidden keys too."
             )
         labels = _labels(model, data, batch_size)
     whole, few = _both(model, chosen, labels, fold, n_random, seed, notes)

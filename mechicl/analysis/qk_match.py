@@ -187,13 +187,13 @@ class _Vectors:
 @torch.no_grad()
 def matches(
     model: Any, data: Data, heads: Sequence[Head], *, keys: str, by: str, batch_size: int, most: int, seed: int, progress: bool
-) -> tuple[dict[Head, QKMatch], float]:
-    """The table of every head, and the largest gap between its score differences and those of the model's own attention."""
+) -> tuple[dict[Head, QKMatch], float, list[Head]]:
+    """The table of every head; the largest gap between its scores and those of the model's own attention; heads that may not read some of the keys."""
     layers = sorted({layer for layer, _ in heads})
     n_shots = count_shots(data) if isinstance(data, Batch) else max(len(episode.shots) for episode in data)
     found: dict[Head, list[_Vectors]] = {head: [] for head in heads}
     where: list[Keyed] = []
-    gap = 0.0
+    gap, unread = 0.0, list[Head]()
     for batch in progress_bar(
         batches(model, data, batch_size), total=-(-len(data) // batch_size), what="taking scores apart", show=progress
     ):
@@ -209,10 +209,13 @@ def matches(
         for layer, head in heads:
             one = _vectors(model, (layer, head), written, keyed)
             found[layer, head].append(one)
-            gap = max(gap, _against_pattern(at(rows[layer][:, head, 0], keyed.positions), one.tokens, keyed))
+            pattern = at(rows[layer][:, head, 0], keyed.positions).cpu()
+            gap = max(gap, _against_pattern(pattern, one.tokens, keyed))
+            if _masked(pattern, one.tokens, keyed) and (layer, head) not in unread:
+                unread.append((layer, head))
         where.append(keyed)
     right, known = torch.cat([one.right for one in where]), torch.cat([one.known for one in where])
-    return {head: _table(head, keys, found[head], right, known, most, seed) for head in heads}, gap
+    return {head: _table(head, keys, found[head], right, known, most, seed) for head in heads}, gap, unread
 
 
 def attention_scale(model: Any, layer: int) -> float:
@@ -241,10 +244,17 @@ def _vectors(model: Any, head: Head, written: Written, keyed: Keyed) -> _Vectors
 
 def _against_pattern(pattern: Float[Tensor, "batch n"], scores: Float[Tensor, "batch n"], keyed: Keyed) -> float:
     """How far the scores are from the model's own: log attention minus score is the same for all keys of a row. As a share of the largest score."""
-    there = (keyed.weight > 0).any(1) & (pattern.cpu() > 1e-30)
-    rest = torch.where(there, pattern.cpu().clamp_min(1e-38).log() - scores, torch.nan)
+    there = (keyed.weight > 0).any(1) & (pattern > 1e-30)
+    rest = torch.where(there, pattern.clamp_min(1e-38).log() - scores, torch.nan)
     spread = rest.nan_to_num(-torch.inf).amax(1) - rest.nan_to_num(torch.inf).amin(1)
     return float(spread[there.any(1)].max() / (1 + scores.abs().max())) if bool(there.any()) else 0.0
+
+
+def _masked(pattern: Float[Tensor, "batch n"], scores: Float[Tensor, "batch n"], keyed: Keyed) -> bool:
+    """Whether some key gets no attention at all although its score is not far below another's: the mask hides it (a sliding window)."""
+    keys = (keyed.weight > 0).any(1)
+    best = scores.masked_fill(~(keys & (pattern > 0)), -torch.inf).amax(1, keepdim=True)
+    return bool((keys & (pattern == 0) & (scores > best - 50)).any())
 
 
 def _merged(vectors: Tensor, names: Sequence[str], size: np.ndarray, most: int, dim: int) -> tuple[Tensor, list[str]]:
