@@ -54,7 +54,22 @@ from mechicl.results import (
     SpanKnockOuts,
     Transplant,
 )
-from mechicl.views import circuit_panels, circuits, curves, edges, grids, lens, lens_pictures, moves, patching, sweeps, theme, trainings
+from mechicl.views import (
+    circuit_panels,
+    circuits,
+    curves,
+    edges,
+    grids,
+    head_parts,
+    lens,
+    lens_pictures,
+    logit_parts,
+    moves,
+    patching,
+    sweeps,
+    theme,
+    trainings,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -201,7 +216,7 @@ def _(result: CircuitOverlap, *, dark: bool = False) -> go.Figure:
 
 @plot.register
 def _(result: LogitAttribution, *, top: int = 20, dark: bool = False) -> go.Figure:
-    return _figure(lens.attribution_figure(result, top=top), dark)
+    return _figure(logit_parts.attribution_figure(result, top=top), dark)
 
 
 @plot.register
@@ -224,14 +239,14 @@ def _(
 
 @plot.register
 def _(result: QKMatch, *, dark: bool = False) -> go.Figure:
-    return _figure(lens.match_figure(result), dark)
+    return _figure(head_parts.match_figure(result), dark)
 
 
 @plot.register
 def _(result: HeadCircuits, *, head: Head | None = None, pictures: bool = False, dark: bool = False) -> go.Figure:
     if pictures:
         return _figure(lens_pictures.score_pictures(result, heads=None if head is None else [head]), dark)
-    return _figure(lens.circuits_figure(result, head=head), dark)
+    return _figure(head_parts.circuits_figure(result, head=head), dark)
 
 
 def plot_sweep(
