@@ -3,6 +3,7 @@
 Nothing here computes; nothing here holds a model, a figure or a file handle. Arrays are numpy, on the CPU, float64.
 """
 
+from mechicl.results.anchored import Strategies, StrategyScore
 from mechicl.results.answers import Ablation, AblationCell, DoseCurve, ICLAccuracy
 from mechicl.results.attribution import Agreement, Attribution, EdgeScores, FunctionVector, HeadOverlap, VectorEffect
 from mechicl.results.base import Estimate, Head, Provenance, Skipped
@@ -77,6 +78,8 @@ __all__ = [
     "Skipped",
     "SpanKnockOut",
     "SpanKnockOuts",
+    "Strategies",
+    "StrategyScore",
     "Study",
     "Trace",
     "Transplant",
