@@ -43,7 +43,7 @@ def draw_episodes(
     from mechicl.data import concepts, digits
 
     if task == "concepts":
-        return concepts.draw(n, classes=classes, shots=shots, size=size, seed=seed, **({"syllables": (2, 2)} if one_length else {}))
+        return concepts.draw(n, classes=classes, shots=shots, size=size, seed=seed, syllables=(2, 2) if one_length else (1, 4))
     return digits.draw(n, classes=classes, shots=shots, size=size, seed=seed)
 
 

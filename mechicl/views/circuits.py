@@ -66,7 +66,7 @@ def circuit_slider(curve: CircuitCurve, *, max_edges: int = MAX_EDGES) -> Spec:
         within = [within[i] for i in sorted({round(x) for x in np.linspace(0, len(within) - 1, MAX_STEPS)})]
     most = int(curve.ks[within[-1]]) if within else 0
     drawn = list(curve.edges_at(most))
-    model = graph.model_of(curve.edges_in_order, curve.circuit.shape if curve.circuit is not None else None)
+    model = graph.model_of(curve.edges_in_order, curve.shape or (curve.circuit.shape if curve.circuit is not None else None))
     steps = []
     for i in within:
         k, e = int(curve.ks[i]), curve.faithfulness[i]

@@ -174,6 +174,10 @@ PAIRS = {
     "swap_labels": "two labels change places in the examples",
     "swap_query": "the query shows another label's picture",
     "permute_labels": "the labels are dealt out anew",
+    "wrong_exemplar": "the exemplars of the answer show things of another class",
+    "reformat": "the same content in another form",
+    "blur": "the pictures are blurred in one of them",
+    "noise": "the pictures are noise in one of them",
 }
 """How pairs are made -> what differs between the two prompts of a pair."""
 
