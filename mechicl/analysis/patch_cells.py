@@ -26,6 +26,7 @@ STATES = ("resid_pre", "resid_mid", "resid_post", "embed", "image_features")
 """Sites that hold all that a position knows: their patches take along what a picture adds to the stream in later layers (DeepStack)."""
 ALIGNABLE = (*STREAM, *INPUTS)
 EVERYTHING = "all images"
+ALL_TOKENS = "all tokens"
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,9 @@ def _site(
     elif by == "pos":
         axes.append("pos")
         coords["pos"], cells = tuple(range(n_pos)), range(n_pos)
+    elif not axes:  # the embeddings as one cell
+        axes.append("span")
+        coords["span"], cells = (ALL_TOKENS,), (ALL_TOKENS,)
     patches = []
     for layer in usable:
         for head in range(len(coords[axes[1]])) if site in HEADS else (None,):
@@ -253,7 +257,7 @@ class Chunk:
 
     def mask(self, group: str | int | None) -> Tensor:
         """Positions of a cell."""
-        if group is None:
+        if group is None or group == ALL_TOKENS:
             return self.real
         if isinstance(group, int):
             return self.real & (torch.arange(self.real.shape[1]) == group)

@@ -80,7 +80,7 @@ def record(sweep: Sweep, contrast: Contrast, clean: Batch, corrupt: Batch, patch
     groups: By = "shot" if sweep.by == "shot" else "span"
     masks = {name: mask.cpu() for name, mask in span_groups(wide_clean, groups).items()}
     if sweep.direction == "denoise" and not matched.same:
-        masks = {name: matched.apply(mask[..., None])[..., 0] for name, mask in masks.items()}
+        masks = {name: matched.apply(mask[..., None].float())[..., 0] > 0.5 for name, mask in masks.items()}
     real = torch.stack(list(span_groups(base).values())).any(0).cpu()
     chunk = Chunk(base, masks, real, matched)
     donor_positions = contrast.positions(donor)

@@ -245,7 +245,7 @@ def _student(difference: np.ndarray, spread: np.ndarray, dof: np.ndarray, good: 
     return np.where(good, p, np.nan), np.where(good, bound, np.nan)
 
 
-def sign_flip_p(values: np.ndarray, *, n_draws: int = 10_000, seed: int = 0, tie: ArrayLike = 0.0) -> np.ndarray:
+def sign_flip_p(values: np.ndarray, *, n_draws: int = 10_000, seed: int = 0, tie: float = 0.0) -> np.ndarray:
     """Two-sided permutation test of paired changes: each episode's change could as well have had the other sign. Exact where 2**n is at most `n_draws`.
 
     The same signs serve all cells, so that cells can be compared. The observed signs count as one of the draws, so p is never 0; its least value is
