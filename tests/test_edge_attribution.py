@@ -263,3 +263,46 @@ def test_attention_only_models_have_no_mlp_nodes() -> None:
     assert any(s.kind == "mlp" for s in eap(with_mlps, toy_pairs(), exact=0, **QUIET).senders)
     assert not any(s.kind == "mlp" for s in eap(with_mlps, toy_pairs(), mlps=False, exact=4, **QUIET).senders)
     assert not any(s.kind == "mlp" for s in eap(without, toy_pairs(), exact=0, **QUIET).senders)
+
+
+@pytest.mark.parametrize("name", ["two-back", "conditional by MLP", "conditional by queries"])
+def test_through_the_softmax_the_hidden_edges_are_found(name: str) -> None:
+    """The same programs from the clean run alone: with slopes edges into sure queries and keys are nothing, through the softmax they are what they are."""
+    program = PROGRAMS[name]()
+    pairs = program.pairs(16, 0)
+    plain = eap(program.model, pairs, exact=40, **QUIET)
+    through = eap(program.model, pairs, softmax="exact", exact=40, **QUIET)
+    assert plain.agreement is not None
+    assert through.agreement is not None
+    assert through.agreement.pearson > plain.agreement.pearson + 0.1
+    last = [
+        edge for edge in program.edges if edge.receiver.kind in ("q", "k") and edge.receiver.layer == 1 and name != "conditional by MLP"
+    ]
+    gap = float((plain.clean - plain.corrupt).mean())
+    exact = -edges_exactly(program.model, score(program.model, pairs, None, "logit_diff"), last, "noise").mean(0) / gap if last else []
+    for edge, value in zip(last, exact, strict=True):  # behind the last layer's heads everything is straight: the estimate is the truth
+        assert through[edge] == pytest.approx(float(value), abs=1e-3)
+        assert abs(plain[edge]) < 1e-6
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_through_the_softmax_with_grouped_queries_and_pictures(family: str) -> None:
+    """Attention-only tail: q and k of the last layer, everything behind which is frozen by a small change, are near the exact edges."""
+    model = HookedVLM(*build(family, preset="tiny", seed=0))
+    pairs = vlm_pairs(model)
+    slope, through = (eap(model, pairs, softmax=how, exact=0, **QUIET) for how in ("slope", "exact"))
+    into = [e for e in slope.edges if e.receiver.kind in ("q", "k")]
+    others = [e for e in slope.edges if e.receiver.kind not in ("q", "k")]
+    assert all(slope[e] == pytest.approx(through[e], abs=1e-6) for e in others)
+    exact = -edges_exactly(model, score(model, pairs, None, "logit_diff"), into, "noise").mean(0) / float(
+        (slope.clean - slope.corrupt).mean()
+    )
+    error = [np.abs(np.array([found[e] for e in into]) - exact).mean() for found in (slope, through)]
+    assert error[1] < error[0]
+
+
+def test_a_sure_softmax_is_not_split_by_span() -> None:
+    with pytest.raises(OptionError, match="by_span must be False"):
+        eap(untrained(seed=0), toy_pairs(), softmax="exact", by_span=True, **QUIET)
+    with pytest.raises(OptionError, match="softmax must be"):
+        eap(untrained(seed=0), toy_pairs(), softmax="hard", **QUIET)

@@ -17,15 +17,17 @@ from mechicl.analysis.edge_gradients import CHUNK_BYTES, START, Run, between_lay
 from mechicl.analysis.feed import progress_bar, provenance
 from mechicl.analysis.metrics import Metric
 from mechicl.analysis.patching import Given, _gap
+from mechicl.analysis.through_softmax import Heads, edges_through_softmax
 from mechicl.errors import OptionError
 from mechicl.models.edge_graph import EdgeGraph
 from mechicl.prompts.align import span_groups
 from mechicl.prompts.batch import Batch
 from mechicl.prompts.episode import Episode
-from mechicl.results import Agreement, Edge, EdgeScores
+from mechicl.results import Agreement, Edge, EdgeScores, Receiver
 from mechicl.results.patching import Direction
 
 Method = Literal["EAP", "EAP-IG"]
+Softmax = Literal["slope", "exact"]
 
 
 def eap(
@@ -38,6 +40,7 @@ def eap(
     metric: Metric = "logit_diff",
     direction: Direction | str = "noise",
     mlps: bool = True,
+    softmax: Softmax | str = "slope",
     by_span: bool = False,
     exact: int = 24,
     seed: int = 0,
@@ -65,7 +68,9 @@ def eap(
         metric: See `mechicl.analysis.metrics.Metric`.
         direction: "noise" starts from the clean run (what breaks when the edge carries the corrupt run: what circuits are made of), "denoise" from the corrupt one.
         mlps: Whether MLPs are nodes. Without, what they add is left to no edge.
-        by_span: Also split every edge's score over the spans whose positions it runs at.
+        softmax: "slope": everything behind the receiver is replaced by its slope. "exact": edges into queries and keys go through norm and softmax as they are, and only
+            what lies behind the head is a slope; a call of the layer's attention for each sender, so slower with many. Finds what a sure softmax hides.
+        by_span: Also split every edge's score over the spans whose positions it runs at. Not with softmax="exact", which is not a sum over positions.
         exact: How many edges are also run exactly, for `agreement`: half of them the highest scores, half drawn at random. 0 for none.
         seed: Decides intervals and the edges that are drawn.
         batch_size: Prompts per pass.
@@ -84,12 +89,12 @@ def eap(
         Syed, Rager and Conmy 2023 (EAP); Hanna, Pezzelle and Belinkov 2024 (EAP-IG). Differs: middles of the steps instead of their ends, intervals over
         episodes, always beside exact runs.
     """
-    way, start = _checked(method, direction, steps, exact, batch_size)
+    way, start = _checked(method, direction, steps, exact, batch_size, softmax, by_span)
     whole = EdgeGraph.of(model)
     graph = replace(whole, mlps=whole.mlps and mlps)
     pairs = score(model, clean, corrupt, metric)
     spans = list(span_groups(pairs.clean)) if by_span else []
-    found = _sweep(model, pairs, graph, way, steps, start, spans, batch_size, progress)
+    found = _sweep(model, pairs, graph, way, steps, start, spans, softmax == "exact", batch_size, progress)
     ends = (found.start, found.other) if start == "noise" else (found.other, found.start)
     possible = graph.possible.T
     raw = np.where(possible, found.raw, np.nan)
@@ -101,6 +106,7 @@ def eap(
         "metric": pairs.contrast.name,
         "direction": start,
         "mlps": mlps,
+        "softmax": softmax,
         "exact": exact,
         "batch_size": batch_size,
     }
@@ -113,11 +119,15 @@ def eap(
     )  # fmt: skip
 
 
-def _checked(method: str, direction: str, steps: int, exact: int, batch_size: int) -> tuple[Method, Direction]:
+def _checked(method: str, direction: str, steps: int, exact: int, batch_size: int, softmax: str, by_span: bool) -> tuple[Method, Direction]:
     if method not in get_args(Method):
         raise OptionError(f"method must be one of {', '.join(get_args(Method))}; got {method!r}. EAP-IG is slower and closer.")
     if direction not in get_args(Direction):
         raise OptionError(f"direction must be one of {', '.join(get_args(Direction))}; got {direction!r}. noise asks what is needed.")
+    if softmax not in get_args(Softmax):
+        raise OptionError(f"softmax must be one of {', '.join(get_args(Softmax))}; got {softmax!r}. slope is the fast one.")
+    if softmax == "exact" and by_span:
+        raise OptionError("by_span must be False with softmax='exact'; got True. What a changed key is worth is no sum over positions.")
     if steps < 1 or exact < 0 or batch_size < 1:
         raise OptionError(
             f"steps and batch_size must be at least 1 and exact at least 0; got {steps}, {batch_size} and {exact}. Raise them."
@@ -134,7 +144,8 @@ class _Sums:
 
 
 def _sweep(
-    model: Any, pairs: Scored, graph: EdgeGraph, method: Method, steps: int, direction: Direction, spans: list[str], batch_size: int, progress: bool
+    model: Any, pairs: Scored, graph: EdgeGraph, method: Method, steps: int, direction: Direction, spans: list[str], softmax: bool, batch_size: int,
+    progress: bool,
 ) -> _Sums:  # fmt: skip
     sign = 1.0 if direction == "denoise" else -1.0
     raw, split, starts, others = [], np.zeros(1), [], []
@@ -142,7 +153,7 @@ def _sweep(
     for part in parts(model, pairs, direction, batch_size):
         run = two_runs(model, part, graph)
         groups = _one_hot(part, spans, run.metric_start.device) if spans else None
-        found = sign * edge_products(model, part, run, graph, shares(method, steps), groups).double().cpu().numpy()
+        found = sign * edge_products(model, part, run, graph, shares(method, steps), groups, softmax=softmax).double().cpu().numpy()
         raw.append(found.sum(-1))
         split = split + found.sum(0)
         starts.append(run.metric_start.double().cpu().numpy())
@@ -162,7 +173,7 @@ def shares(method: Method, steps: int) -> list[float]:
 
 @torch.no_grad()
 def edge_products(
-    model: Any, part: Part, run: Run, graph: EdgeGraph, at: Sequence[float], groups: Tensor | None = None
+    model: Any, part: Part, run: Run, graph: EdgeGraph, at: Sequence[float], groups: Tensor | None = None, *, softmax: bool = False
 ) -> Tensor:  # fmt: skip
     """Difference times slope of every edge, in the metric's unit: the change of the metric from start to other that the edge alone would make.
 
@@ -173,6 +184,7 @@ def edge_products(
         graph: The nodes.
         at: Shares of the way between the runs' embeddings to average slopes over.
         groups: One-hot [blocks * n, pos, span], to split the sum over positions; None for one sum.
+        softmax: Take edges into queries and keys through the softmax.
 
     Returns:
         [n, sender, receiver, span] (one span without groups), float32; zero where there is no edge.
@@ -180,10 +192,12 @@ def edge_products(
     batch, n_pos, d_model = run.difference[START].shape
     n_send, heads = len(graph.senders), graph.n_heads
     total = torch.zeros(batch, n_send, len(graph.receivers), 1 if groups is None else groups.shape[-1], device=run.metric_start.device)
-    extra = between_layers(model, run)
+    extra, at_z = between_layers(model, run), dict[int, Tensor]()
     size = max(1, CHUNK_BYTES // (4 * batch * n_send * d_model))
     for share in at:
-        slope = gradients_at(model, part, run, share, graph)
+        slope = gradients_at(model, part, run, share, graph, outputs=softmax)
+        for layer in range(graph.n_layers) if softmax else ():
+            at_z[layer] = at_z.get(layer, 0) + slope.gradients[f"blocks.{layer}.attn.hook_z"].float() / len(at)
         final = slope.gradients[f"blocks.{graph.n_layers - 1}.hook_resid_post"].float()
         for first in range(0, n_pos, size):
             where = slice(first, min(first + size, n_pos))
@@ -198,7 +212,14 @@ def edge_products(
                     total[:, :before, column : column + len(gradient)] += _product(differences[:before], gradient, some)
                     column += len(gradient)
             total[:, :, -1:] += _product(differences, final[None, :, where], some)
-    return part.per_prompt(total) / len(at)
+    total /= len(at)
+    if softmax:
+        for kind, layer, worth in edges_through_softmax(
+            run, Heads.of(model, part.start, at_z, positions=part.positions, streams_too=True), graph
+        ):
+            column = graph.receiver_index[Receiver(cast(Any, kind), layer, 0)]
+            total[:, : worth.shape[1], column : column + worth.shape[2], 0] = worth
+    return part.per_prompt(total)
 
 
 def _product(differences: Tensor, gradients: Tensor, groups: Tensor | None) -> Tensor:

@@ -70,10 +70,10 @@ def between_layers(model: Any, run: Run) -> dict[int, Tensor]:
     return found
 
 
-def gradients_at(model: Any, part: Part, run: Run, share: float, graph: EdgeGraph) -> Slopes:
-    """Gradients at every head's q, k and v, at the MLPs' outputs and at the final stream, in the run whose embeddings lie `share` of the way to the other's."""
+def gradients_at(model: Any, part: Part, run: Run, share: float, graph: EdgeGraph, *, outputs: bool = False) -> Slopes:
+    """Gradients at every head's q, k and v (`outputs`: and z), at the MLPs' outputs and at the final stream, in the run whose embeddings lie `share` of the way to the other's."""
     layers = range(graph.n_layers)
-    names = [f"blocks.{layer}.attn.hook_{letter}" for layer in layers for letter in "qkv"]
+    names = [f"blocks.{layer}.attn.hook_{letter}" for layer in layers for letter in ("qkvz" if outputs else "qkv")]
     mlps = [layer for layer in layers if graph.mlps and f"blocks.{layer}.hook_mlp_out" in model.hook_dict]
     names += [*(f"blocks.{layer}.hook_mlp_out" for layer in mlps), f"blocks.{graph.n_layers - 1}.hook_resid_post"]
     also = [*(f"blocks.{layer}.hook_resid_pre" for layer in layers), *(f"blocks.{layer}.hook_resid_mid" for layer in mlps)]
