@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, singledispatch
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -223,7 +223,7 @@ def _(result: LogitAttribution, *, top: int = 20, dark: bool = False) -> go.Figu
 def _(
     result: LogitLens,
     *,
-    show: Literal["table", "tokens", "pictures"] = "table",
+    show: str = "table",
     positions: Sequence[int] | None = None,
     layers: Sequence[int] | None = None,
     dark: bool = False,
