@@ -165,8 +165,9 @@ def test_the_senders_changes_add_up_to_the_stream_s(family: str, organism: Organ
     runs, *_ = Runs.of(model, measured, pairs.clean, pairs.corrupt, "noise", None)
     graph = EdgeGraph.of(model)
     base = runs.measure(runs.start.logits)
-    raw = np.full((len(base), len(graph.senders), 1), np.nan)
-    sweep = _Sweep(runs, graph.senders, graph.receivers[-1:], "all", base, raw, lambda _: None)
+    asked = (graph.receivers[0], graph.receivers[-1])
+    raw = np.full((len(base), len(graph.senders), 2), np.nan)
+    sweep = _Sweep(runs, graph.senders, asked, "all", base, raw, lambda _: None)
     sweep.run()
     final = model.cfg.n_layers
     assert float((runs.other.pre(final) - runs.start.pre(final)).abs().max()) > 1e-4
@@ -231,6 +232,18 @@ def test_a_model_with_grouped_keys_and_pictures_equals_plain_torch(organism: Org
 def first_logits(pairs: Pairs) -> Callable[[Tensor], Tensor]:
     """Of two fixed tokens: any difference will do to compare runs."""
     return lambda logits: logits[:, 7] - logits[:, 11]
+
+
+@pytest.mark.parametrize("freeze", ["all", "heads"])
+@pytest.mark.parametrize("metric", ["logit_diff", "label_logprob", "logprob", "prob", "kl"])
+def test_the_logits_alone_are_as_among_other_receivers(metric: str, freeze: str) -> None:
+    """For them only the positions that are read are followed."""
+    model, pairs = untrained(n_heads=2, n_layers=2, norm="RMS", mlp="swiglu"), toy_pairs(3, label_words=2)
+    options = {"metric": metric, "freeze": freeze, "spans": ["last token", "right label"], **QUIET}
+    alone, among = (path_patch(model, pairs, receivers=some, **options) for some in (None, ["mlp 1", "logits"]))
+    assert alone.raw.shape == (3, len(alone.senders), 1)
+    assert np.allclose(alone.raw[:, :, 0], among.raw[:, :, 1], atol=1e-6)
+    assert not np.allclose(alone.raw[:, :, 0], alone.clean[:, None], rtol=1e-3, atol=0)
 
 
 def test_spans_restrict_where_receivers_see_the_change() -> None:

@@ -63,7 +63,9 @@ class Runs:
         base = self.measure(self.start.logits)
         raw = np.full((len(base), len(senders), len(receivers)), np.nan)
         size = self.start.pre(0).numel() * 4
-        together = max(1, CHUNK_BYTES // (4 * size))
+        if all(receiver.kind == "logits" for receiver in receivers):
+            size = size * self.start.positions.shape[1] // self.start.n_pos
+        together = max(1, CHUNK_BYTES // (4 * max(size, 1)))
         for begin in range(0, len(senders), together):
             some = senders[begin : begin + together]
             part = _Sweep(self, some, receivers, freeze, base, raw[:, begin : begin + len(some)], progress or (lambda _: None))
@@ -74,7 +76,8 @@ class Runs:
 class _Sweep:
     """Some senders' changes, carried up through the layers: at every layer the receivers there read them.
 
-    `change` [sender, prompt, pos, d_model]: what is added to the start run's stream at the present depth, zero while the sender has not run.
+    `change` [sender, prompt, pos, d_model]: what is added to the start run's stream at the present depth, zero while the sender has not run. For the logits alone
+    only the positions that are read are followed.
     """
 
     def __init__(
@@ -94,8 +97,16 @@ class _Sweep:
         for column, receiver in enumerate(receivers):
             self.columns.setdefault((receiver.kind, receiver.layer), []).append((column, receiver))
         self.last = max(receiver.layer for receiver in receivers)
-        pre = runs.start.pre(0)
+        self.cut = set(self.columns) == {("logits", self.model.cfg.n_layers)}
+        pre = self._at(runs.start.pre(0))
         self.change = pre.new_zeros(len(senders), *pre.shape)
+
+    def _at(self, x: Tensor) -> Tensor:
+        """x [prompt, pos, ...] at the positions that are followed."""
+        if not self.cut:
+            return x
+        where = self.runs.start.positions.to(x.device)
+        return x.gather(1, where.reshape(*where.shape, *(1,) * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
 
     def run(self) -> None:
         """Up through the layers."""
@@ -117,7 +128,7 @@ class _Sweep:
         found = [(k, sender.head) for k, sender in enumerate(self.senders) if sender.kind == "head" and sender.layer == layer]
         if not found:
             return
-        z = self.runs.other[z_name(layer)] - self.runs.start[z_name(layer)]
+        z = self._at(self.runs.other[z_name(layer)]) - self._at(self.runs.start[z_name(layer)])
         head_outputs(self.model, layer, z[:1, :1])  # refuses a family whose heads are not summands
         weight = self.model.blocks[layer].attn.W_O
         for k, head in found:
@@ -130,16 +141,16 @@ class _Sweep:
         k = self.senders.index(Sender("embed"))
         start, other = self.runs.start, self.runs.other
         if layer == 0:
-            self.change[k] = other.pre(0) - start.pre(0)
+            self.change[k] = self._at(other.pre(0) - start.pre(0))
         elif (theirs := other.additions[layer]) is not None and (own := start.additions[layer]) is not None:
-            self.change[k] += theirs - own
+            self.change[k] += self._at(theirs - own)
 
     def _seen(self, receiver: Receiver) -> tuple[list[int], Tensor]:
         """Senders that the receiver has behind it, and their changes where it sees them [sender, prompt, pos, d_model]."""
         which = [k for k, sender in enumerate(self.senders) if feeds(sender, receiver)]
         change = self.change[which]
         mask = self.runs.mask
-        return which, change if mask is None else change * mask[:, :, None]
+        return which, change if mask is None else change * self._at(mask)[:, :, None]
 
     def _heads(self, kind: str, layer: int) -> None:
         wanted = self.columns[kind, layer]
@@ -165,7 +176,7 @@ class _Sweep:
         """Receivers at the layer's MLP; then the MLP's own part in the changes."""
         start, other = self.runs.start, self.runs.other
         carry = self.freeze == "heads"
-        middle = start.mid(layer) if carry or ("mlp", layer) in self.columns else None
+        middle = self._at(start.mid(layer)) if carry or ("mlp", layer) in self.columns else None
         before = None if middle is None else mlp(self.model, layer, middle)
         if middle is not None and before is not None and ("mlp", layer) in self.columns:
             which, change = self._seen(Receiver("mlp", layer))
@@ -178,7 +189,7 @@ class _Sweep:
                 self.change[which] += self._through(layer, middle, before, self.change[which])
         if Sender("mlp", layer) in self.senders:
             name = f"blocks.{layer}.hook_mlp_out"
-            self.change[self.senders.index(Sender("mlp", layer))] = other[name] - start[name]
+            self.change[self.senders.index(Sender("mlp", layer))] = self._at(other[name] - start[name])
 
     def _through(self, layer: int, middle: Tensor, before: Tensor, change: Tensor) -> Tensor:
         """What the MLP makes of changes [sender, prompt, pos, d_model] of its input."""
@@ -210,7 +221,7 @@ class _Sweep:
         """The metric of the final stream with a change [prompt, pos, d_model]."""
         start = self.runs.start
         index = start.positions.to(change.device)[..., None].expand(-1, -1, change.shape[-1])
-        moved = change.gather(1, index)
+        moved = change if self.cut else change.gather(1, index)
         if bool((moved != 0).any()):
             self.raw[:, k, column] = self.runs.measure(unembed(self.model, start.pre(self.model.cfg.n_layers).gather(1, index) + moved))
         else:

@@ -138,7 +138,7 @@ def _statistics(
     above = raw - corrupt[:, None, None]
     low, high = ratio_interval(above, gap, seed=seed)
     rounding = max(1e-5 * float(np.abs(gap).mean()), 2e-6 * float(np.abs(start).max()))
-    p = sign_flip_p(raw - start[:, None, None], n_draws=n_permutations, seed=seed, tie=np.asarray(rounding))
+    p = sign_flip_p(raw - start[:, None, None], n_draws=n_permutations, seed=seed, tie=rounding)
     return above.mean(0) / gap.mean(), low, high, p
 
 
