@@ -180,7 +180,7 @@ class CircuitCurve:
     shape: Mapping[str, Any] = field(default_factory=dict)
     """As in `Circuit`."""
 
-    def edges_at(self, k: int) -> tuple[Edge, ...]:
+    def edges_at(self, k: int | np.integer) -> tuple[Edge, ...]:
         """The first k edges, dead ends included."""
         return self.edges_in_order[:k]
 
