@@ -6,13 +6,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import example_batch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from mechicl.errors import HeadIndexError, HookNotFiredError, OptionError, UnsupportedModelError
 from mechicl.models.blocked import Block, blocked, windows
 from mechicl.models.planted import planted_induction, untrained
 from mechicl.models.toy import ToyTransformer
-from mechicl.models.toy_prompts import toy_batch
+from mechicl.models.toy_prompts import ToyRenderer, toy_batch, toy_episodes
 from mechicl.models.vlm import HookedVLM
 
 Organism = Callable[..., tuple[Any, Any]]
@@ -65,6 +67,28 @@ def test_toys_equal_scores_edited_by_hand(positions: str, options: dict[str, Any
     assert not torch.allclose(closed, model(batch, positions="all"), atol=1e-3)
     assert tally.cells > 0
     assert tally.ran
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10_000), layers=st.sampled_from([None, (0,), (1,)]), several=st.booleans(), classes=st.integers(2, 4))
+@torch.no_grad()
+def test_any_cells_of_a_toy_equal_scores_edited_by_hand(seed: int, layers: tuple[int, ...] | None, several: bool, classes: int) -> None:
+    model = untrained(n_heads=2, seed=seed)
+    batch = ToyRenderer().render([*toy_episodes(2, classes=classes), *toy_episodes(2, classes=4)])  # some padded
+    blocks = [random_block(batch.n, batch.n_pos, seed=seed + k, layers=layers) for k in range(1 + several)]
+    with blocked(model, blocks):
+        closed = model(batch, positions="all")
+
+    def close(scores: Tensor, *, hook: object) -> Tensor:
+        left = scores
+        for block in blocks:
+            shut = (block.dest[:, :, None] == block.src[:, None, :]) & (block.dest >= 0)[:, :, None]
+            left = left.masked_fill(shut[:, None], -torch.inf)
+        gone = torch.isneginf(left).all(-1, keepdim=True)
+        return torch.where(gone & torch.eye(scores.shape[-1], dtype=torch.bool), scores, left)
+
+    hooks = [(f"blocks.{layer}.attn.hook_attn_scores", close) for layer in layers or (0, 1)]
+    assert torch.allclose(closed, model.run_with_hooks(batch, positions="all", fwd_hooks=hooks), atol=1e-5)
 
 
 @torch.no_grad()

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from mechicl.analysis.icl import icl_accuracy
@@ -89,6 +91,23 @@ def test_programs_answer_exactly_both_prompts_of_a_pair(name: str, seed: int) ->
         result = icl_accuracy(program.model, side, zero_shot=False, progress=False)
         assert result.accuracy.value == 1.0
         assert result.margin.value > 10.0
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    name=st.sampled_from(list(MAKE)),
+    n_distractors=st.integers(0, 4),
+    sharpness=st.sampled_from([12.0, 25.0, 60.0]),
+    seed=st.integers(0, 1000),
+)
+def test_wherever_the_heads_are_put_the_edges_are_the_same_kinds(name: str, n_distractors: int, sharpness: float, seed: int) -> None:
+    program = MAKE[name](n_distractors=n_distractors, sharpness=sharpness, seed=seed)
+    pairs = program.pairs(6, seed)
+    assert bool((difference(program.model(pairs.clean), pairs) > 0.7 * sharpness).all())
+    found = carried(program.model, pairs, pairs.clean, pairs.corrupt)
+    assert {edge for edge, change in found.items() if float(change.abs().max()) > 0} <= program.edges
+    kinds = sorted((edge.sender.kind, edge.sender.layer, edge.receiver.kind, edge.receiver.layer) for edge in program.edges)
+    assert kinds == sorted((e.sender.kind, e.sender.layer, e.receiver.kind, e.receiver.layer) for e in MAKE[name]().edges)
 
 
 def test_idle_heads_partly_look_like_the_circuit_s() -> None:
