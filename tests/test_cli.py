@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import mechicl
 from mechicl.cli import app, parse_heads
+from mechicl.cli.patch import parse_layers
 from mechicl.errors import OptionError, OutputPathError
 from mechicl.models.vlm import HookedVLM
 
@@ -44,7 +45,7 @@ def test_help_loads_nothing_heavy() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip().endswith("[]")
-    for command in ("report", "heads", "ablate", "doctor", "train"):
+    for command in ("report", "heads", "ablate", "patch", "circuit", "doctor", "train"):
         assert command in run.stdout
 
 
@@ -68,6 +69,21 @@ def test_the_version_is_the_packages() -> None:
         (["ablate", "--heads", "1,3"], "heads must be layer.head pairs"),
         (["ablate", "--heads", "1.3,1.3"], "heads must differ"),
         (["ablate", "--top", "2", "--by", "beauty"], "by must be one of"),
+        (["patch", "--pairs", "upside_down"], "pairs must be one of swap_labels"),
+        (["patch", "--sites", "resid_pre,resid"], "sites must be one of resid_pre"),
+        (["patch", "--sites", ","], "sites must be some of"),
+        (["patch", "--by", "word"], "by must be one of span"),
+        (["patch", "--direction", "up"], "direction must be one of"),
+        (["patch", "--align", "left"], "align must be one of"),
+        (["patch", "--layers", "3-1"], "layers must be numbers or ranges"),
+        (["patch", "--metric", "beauty"], "metric must be one of"),
+        (["patch", "--out", "/nowhere/x"], "out must lie in an existing folder"),
+        (["patch", "--out", "/proc/version"], "out must be a folder"),
+        (["circuit", "--target", "1.5"], "target must lie between 0 and 1"),
+        (["circuit", "--method", "guess"], "method must be one of EAP-IG"),
+        (["circuit", "--search", "long"], "search must be one of"),
+        (["circuit", "--level", "head"], "level must be one of"),
+        (["circuit", "-n", "4"], "episodes must be at least 8"),
         (["train", "vlm", "--out", "/tmp/x", "--family", "no_family"], "family must be one of"),
         (["train", "vlm"], "--out"),
     ],
@@ -125,6 +141,77 @@ def test_heads_lists_every_score_and_writes_its_numbers(tiny: HookedVLM, tmp_pat
     assert line.split()[1] == f"{int(best['layer'])}.{int(best['head'])}"
     assert float(line.split()[2]) == pytest.approx(best["value"], abs=5e-4)  # three digits are printed
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_layers_are_read_as_numbers_and_ranges() -> None:
+    assert parse_layers("0-2, 7") == (0, 1, 2, 7)
+    assert parse_layers("3") == (3,)
+    assert parse_layers(None) is None
+    for text in ("", "-1", "1-", "a", "2-1", "1--2"):
+        with pytest.raises(OptionError, match="layers must be numbers"):
+            parse_layers(text)
+
+
+@pytest.fixture(scope="module")
+def demo() -> HookedVLM:
+    return mechicl.load("demo", check=False)
+
+
+SMALL = ["-n", "16", "--classes", "2", "--shots", "1", "--size", "28", "--quiet"]
+
+
+def test_patch_previews_lists_writes_and_goes_on_where_it_was(demo: HookedVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mechicl, "load", lambda *args, **kwargs: demo, raising=False)
+    out = tmp_path / "run"
+    command = ["patch", *SMALL, "--sites", "resid_pre,z", "--layers", "0,3", "--top", "2", "--out", str(out)]
+    result = runner.invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "resid_pre by span: " in result.stderr
+    assert "cells x 16 episodes" in result.stderr
+    assert "n = 16 pairs (swap_labels)" in result.stdout
+    frame = pd.read_csv(out / "effects.csv")
+    best = frame[frame["site"] == "z"].sort_values("value", ascending=False).iloc[0]
+    lines = result.stdout.splitlines()
+    line = lines[next(i for i, text in enumerate(lines) if text.startswith("z ")) + 1]
+    assert line.split()[:4] == ["layer", str(int(best["layer"])), "head", str(int(best["head"]))]
+    assert float(line.split()[4]) == pytest.approx(best["value"], abs=5e-4)  # three digits are printed
+    page = (out / "effects.html").read_text(encoding="utf-8")
+    assert "mechicl patch --model demo" in page
+    assert 'data-for="patching-1"' in page
+    cells = (out / "span" / "cells.jsonl").read_bytes()
+    again = runner.invoke(app, command)
+    assert again.exit_code == 0, again.output
+    assert again.stdout == result.stdout
+    assert (out / "span" / "cells.jsonl").read_bytes() == cells  # nothing was run twice
+    other = runner.invoke(app, [*command, "--metric", "prob"])
+    assert other.exit_code == 2
+    assert "out must hold the same sweep" in other.stderr
+
+
+def test_a_dry_run_says_what_it_would_take_and_writes_nothing(demo: HookedVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mechicl, "load", lambda *args, **kwargs: demo, raising=False)
+    result = runner.invoke(app, ["patch", *SMALL, "--sites", "z", "--dry-run", "--out", str(tmp_path / "x")])
+    assert result.exit_code == 0, result.output
+    assert result.stdout == ""
+    assert "z by head: 16 cells x 16 episodes" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_circuit_finds_measures_and_writes(demo: HookedVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mechicl, "load", lambda *args, **kwargs: demo, raising=False)
+    result = runner.invoke(
+        app, ["circuit", *SMALL, "--random", "4", "--exact", "2", "--method", "EAP", "--target", "0.7", "--out", str(tmp_path)]
+    )
+    assert result.exit_code == 0, result.output
+    assert "edges, 8 pairs to find and 8 to measure" in result.stderr
+    assert "Only 8 pairs" in result.stderr
+    found = pd.read_csv(tmp_path / "circuit.csv")
+    assert f"{len(found)} of 479 edges carry" in result.stdout
+    assert all(edge in result.stdout for edge in found["edge"])
+    assert {path.name for path in tmp_path.iterdir()} == {"circuit.csv", "curve.csv", "edges.csv", "circuit.html"}
+    page = (tmp_path / "circuit.html").read_text(encoding="utf-8")
+    assert 'data-for="circuit-curve"' in page
+    assert "http" not in page.split("<script>")[0].replace("http-equiv", "")
 
 
 def test_the_doctor_passes_a_healthy_model(tiny: HookedVLM) -> None:

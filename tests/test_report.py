@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import views_samples as samples
+import views_samples_causal as causal
 
 from mechicl.errors import OutputPathError
 from mechicl.results import HeadSet, Study
@@ -70,7 +71,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def study() -> Study:
-    return samples.study()
+    return replace(samples.study(), trace=causal.trace())
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +228,8 @@ def test_sections_headings_and_keyboard(page: Page) -> None:
         "pictures",
         "patterns",
         "proof",
+        "route",
+        "the-circuit",
         "growth-section",
         "provenance",
         "definitions",
@@ -262,6 +265,81 @@ def test_where_nothing_is_found_the_page_says_so() -> None:
     assert story.headline(replace(learner, sets=(harmless,))).endswith("which is no loss.")
     shared = HeadSet("induction", "induction", "rule", samples.INDUCTION, "unspecific", "So do random heads.", samples.ablation())
     assert story.headline(replace(learner, sets=(harmless, shared))).endswith("but as many random heads can cost as much.")
+
+
+def test_the_way_of_the_answer_and_its_circuit_are_told_from_the_numbers(page: Page, study: Study) -> None:
+    words, trace = page.words, study.trace
+    assert trace is not None
+    assert trace.circuit is not None
+    assert "at the start of layers 0 to 1" not in words  # the two layers do not have the same spans here
+    assert "in the right label (0.93) and the wrong label (0.30)" in words
+    assert "in the last token (1.02)" in words
+    assert "14 of 190 edges carry 91 % (85 to 97) of the difference" in words
+    assert "on 24 pairs that did not choose them; 20 random circuits of as many edges carry 3 % on average (p = 0.048)" in words
+    assert "Pearson 0.93" in words
+    curve = page.figure("circuit-curve")
+    assert curve["layout"]["sliders"][0]["steps"][0]["label"] == "2"
+    assert trace.patching is not None
+    np.testing.assert_array_equal(page.csv("mechicl_patching.csv")["value"], trace.patching.to_frame()["value"])
+    assert list(page.csv("mechicl_circuit_graph.csv")["edge"]) == [e.name for e in trace.circuit.edges]
+
+
+def test_a_weak_circuit_is_not_called_the_circuit() -> None:
+    good, weak = causal.circuit(), causal.circuit(faithful=0.4)
+    assert story.carries(good)
+    assert not story.carries(weak)
+    assert story.circuit_sentence(weak).endswith("This is not enough to call them the circuit.")
+    assert not story.carries(replace(good, random_high=0.9))  # random circuits do as well
+    assert "which flatters them" in story.circuit_sentence(causal.circuit(held_out=False))
+    other = replace(good, completeness=causal.share(0.5))
+    assert "part of the work is done elsewhere too" in story.circuit_sentence(other)
+
+
+def test_where_nothing_could_be_traced_the_page_says_why() -> None:
+    from mechicl.results import Trace
+
+    reason = "No minimal pairs, so nothing was patched: <b>no</b> label has a partner."
+    nothing = replace(samples.study(), trace=Trace(None, None, None, None, "", 0, 0, (reason,)))
+    words = Page(render_report(ReportContent(nothing))).words
+    assert f"Nothing was patched. {reason}" in words
+    assert "No circuit was established." in words
+    half = replace(
+        samples.study(),
+        trace=replace(causal.trace(), circuit=None, curve=None, edge_scores=None, notes=("No circuit: heads are no summands.",)),
+    )
+    page = Page(render_report(ReportContent(half)))
+    assert "No circuit: heads are no summands." in page.words
+    assert page.figure("patching")
+    assert "How the answer gets there" not in Page(render_report(ReportContent(samples.study()))).words
+
+
+def test_a_way_that_nothing_shows_is_not_made_up() -> None:
+    flat = causal.site("resid_pre", ("layer", "span"), {"layer": (0, 1), "span": causal.SPANS}, {})
+    assert "No single part of the prompt carries" in story.route_sentence(replace(causal.patched(), sites={"resid_pre": flat}))
+    assert story.route_sentence(replace(causal.patched(), sites={"z": causal.by_head()})) == ""
+    noise = story.route(causal.patched("noise"))
+    assert noise[0][1][0][0] == "right label"  # what it costs counts, not what is left
+    assert noise[0][1][0][1] == pytest.approx(0.93)
+
+
+@needs_browser
+def test_the_slider_moves_the_circuit_in_the_browser(html: str, study: Study, tmp_path: Path) -> None:
+    probe = """<script>(async () => {
+      const gd = document.getElementById("circuit-curve");
+      const steps = gd.layout.sliders[0].steps, count = () => gd.data.filter((t) => (t.name || "").includes("->") && t.visible === true).length;
+      const seen = [];
+      for (const step of steps) { await Plotly.update(gd, ...step.args.map((a) => structuredClone(a))); seen.push(step.label + ":" + count()); }
+      document.body.dataset.seen = seen.join(" ");
+    })();</script>"""
+    path = tmp_path / "slider.html"
+    path.write_text(html.replace("</body>", probe + "</body>"), encoding="utf-8")
+    dom, console = browse(path, tmp_path, "--dump-dom")
+    assert console == []
+    seen = re.search(r'data-seen="([^"]+)"', dom)
+    assert seen is not None
+    assert study.trace is not None
+    assert study.trace.curve is not None
+    assert seen.group(1) == " ".join(f"{k}:{k}" for k in study.trace.curve.ks if 0 < k <= 150)
 
 
 def test_a_large_drop_that_the_test_cannot_see_is_not_called_irrelevance() -> None:
