@@ -1,10 +1,10 @@
-"""What sweeps of activation patching cost: python -m benchmarks.patching [--tokens 128 1024] [--rounds 5] [--quick]
+"""What sweeps of activation patching cost: python -m benchmarks.patching [--tokens 128 1024] [--first 0.25 0.75] [--rounds 3] [--every 1] [--quick]
 
 Every cell of layer x head (a head's output at all positions) and of layer x span (the stream before a layer, eight spans) is taken from a clean run into a
 corrupt one, and the logit difference at the last token is read. Side by side in interleaved rounds: mechicl, TransformerLens' own `patching`, and a loop
 over nnsight, on a toy (which is a HookedRootModule) and on a LLaVA-shaped model with random weights and a prompt of text (TransformerLens' patching takes
-no pictures). The two prompts differ from a quarter of their length on, as few-shot prompts do whose labels are exchanged. The recorded runs are counted. All
-must give the same table.
+no pictures). The two prompts differ from a quarter of their length on, as few-shot prompts do whose labels are exchanged, or only in the last quarter, as
+those do whose query is. The recorded runs are counted. All must give the same table.
 
 The arithmetic minimum: multiplications that have to be done again because what they read has changed, at the speed at which this machine multiplies
 matrices of these shapes.
@@ -62,12 +62,11 @@ class Prompts:
         return list(itertools.pairwise(edges))
 
 
-def prompts(n_pos: int) -> Prompts:
-    """Random tokens; the second prompt has others from a quarter of its length on, one in four."""
+def prompts(n_pos: int, first: int) -> Prompts:
+    """Random tokens; the second prompt has others from `first` on, one in four."""
     generator = torch.Generator().manual_seed(0)
     clean = torch.randint(200, VOCAB, (1, n_pos), generator=generator)
     corrupt = clean.clone()
-    first = n_pos // 4
     corrupt[:, first::4] = torch.randint(200, VOCAB, corrupt[:, first::4].shape, generator=generator)
     return Prompts(clean, corrupt, first)
 
@@ -259,9 +258,9 @@ def agree(tables: dict[str, Tensor], every: int) -> None:
             raise SystemExit(f"{name} and mechicl must give the same table; they differ by {gap:.2g} of its spread.")
 
 
-def measured(kind: str, n_pos: int, every: int, n_rounds: int) -> list[list[str]]:
+def measured(kind: str, n_pos: int, share: float, every: int, n_rounds: int) -> list[list[str]]:
     """Rows of the table."""
-    pair = prompts(n_pos)
+    pair = prompts(n_pos, round(share * n_pos))
     ways = competitors(kind, pair, every)
     rows = []
     for sweep in ("layer x head", "layer x span"):
@@ -279,8 +278,10 @@ def measured(kind: str, n_pos: int, every: int, n_rounds: int) -> list[list[str]
         for name, s in full.items():
             note = f" (every {every}th cell, times {every})" if every > 1 and name != "mechicl" else ""
             against = "" if name == "mechicl" else f"{ratio(s, full['mechicl']):.1f}x"
-            rows.append([kind, str(n_pos), sweep, name + note, f"{statistics.median(s):.2f} s", against, f"{ratio(s, least):.2f}x"])
-        rows.append([kind, str(n_pos), sweep, "arithmetic minimum", f"{statistics.median(least):.2f} s", "", ""])
+            rows.append(
+                [kind, str(n_pos), f"{share:.0%}", sweep, name + note, f"{statistics.median(s):.2f} s", against, f"{ratio(s, least):.2f}x"]
+            )
+        rows.append([kind, str(n_pos), f"{share:.0%}", sweep, "arithmetic minimum", f"{statistics.median(least):.2f} s", "", ""])
     return rows
 
 
@@ -288,7 +289,11 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 1024])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--first", type=float, nargs="+", default=[0.25, 0.75], help="where the prompts begin to differ, as a share of their length"
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--every", type=int, default=1, help="the others run every n-th cell of a layer, times n (long prompts: 8)")
     parser.add_argument("--quick", action="store_true", help="one round, an eighth of the others' cells")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -296,11 +301,11 @@ def main() -> None:
     rows = []
     with torch.no_grad():
         for n_pos in args.tokens:
-            every = N_HEADS if args.quick or n_pos > 512 else 1
-            for kind in ("toy", "LLaVA-shaped"):
-                rows += measured(kind, n_pos, every, 1 if args.quick else args.rounds)
+            every = N_HEADS if args.quick or n_pos > 512 else args.every
+            for share, kind in itertools.product(args.first, ("toy", "LLaVA-shaped")):
+                rows += measured(kind, n_pos, share, every, 1 if args.quick else args.rounds)
     print(f"{N_LAYERS} layers x {N_HEADS} heads, d_model {D_MODEL}, d_mlp {D_MLP}, vocabulary {VOCAB}, one prompt, float32; {machine()}\n")
-    print(table(["model", "tokens", "sweep", "by", "median", "against mechicl", "against the minimum"], rows))
+    print(table(["model", "tokens", "differ from", "sweep", "by", "median", "against mechicl", "against the minimum"], rows))
 
 
 if __name__ == "__main__":

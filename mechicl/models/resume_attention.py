@@ -18,11 +18,15 @@ from torch.nn import functional
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values [prompt or row, kv_head, src, d_head]."""
 
-FEW = 24
+FEW = 48
 """Up to how many new positions the softmax is written out over shared keys, instead of copying the shared keys for torch's fused kernel."""
 
 
-@lru_cache(maxsize=16)
+BLOCK = 64
+"""Rows that go through torch's fused kernel at once where each may read only what stands before it: keys behind a block are not even multiplied."""
+
+
+@lru_cache(maxsize=64)
 def below(n_dest: int, n_src: int, device: torch.device) -> Bool[Tensor, "one one dest src"]:
     """Causal mask whose last row reads everything. (torch's is_causal aligns the first rows, which is another mask where n_dest < n_src.)"""
     return torch.ones(n_dest, n_src, dtype=torch.bool, device=device).tril(n_src - n_dest)[None, None]
@@ -42,10 +46,10 @@ def attend(
     Args:
         query: Queries of the new positions, the last ones of the sequence.
         parts: Keys and values of the sequence, part by part; a part with one row per prompt is shared by the copies.
-        mask: What may be read (bool) or is added (float), [1, prompt or row, 1 or head, dest, src] without the first axis; None: see `causal`.
+        mask: What may be read (bool) or is added (float), [1 or prompt or row, 1 or head, dest, src]; None: everything, or see `causal`.
         scale: What q . k is multiplied by.
         copies: Copies of every prompt.
-        causal: Without a mask: every position reads itself and what stands before it. False: everything.
+        causal: No position reads what stands behind it (with a mask: the mask already says so).
     """
     n_dest, n_src = query.shape[2], sum(key.shape[2] for key, _ in parts)
     if mask is None and causal and n_dest > 1 and (len(parts) > 1 or n_dest < n_src):
@@ -60,11 +64,21 @@ def attend(
             query, key, value = (_fold(x, n) for x in (query, key, value))
         else:
             mask = _rows(mask, query.shape[0])
-    z = functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=scale, is_causal=causal and mask is None and n_dest > 1,
-        enable_gqa=key.shape[1] != query.shape[1],
-    )  # fmt: skip
+    whole = causal and n_dest == n_src and mask is None
+    if whole or not causal or n_dest <= BLOCK:
+        z = _fused(query, key, value, mask, scale, whole and n_dest > 1)
+    else:
+        z = query.new_empty(*query.shape[:3], value.shape[-1])
+        for start in range(0, n_dest, BLOCK):
+            stop, seen = min(start + BLOCK, n_dest), n_src - n_dest + min(start + BLOCK, n_dest)
+            some = None if mask is None else mask[:, :, start:stop, :seen]
+            z[:, :, start:stop] = _fused(query[:, :, start:stop], key[:, :, :seen], value[:, :, :seen], some, scale, False)
     return z.reshape(n * copies, -1, n_dest, z.shape[-1]).transpose(1, 2)
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
+    grouped = key.shape[1] != query.shape[1]
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, is_causal=causal, enable_gqa=grouped)
 
 
 def per_row(x: Tensor, copies: int, axis: int = 0) -> Tensor:

@@ -66,6 +66,8 @@ class VLMRunner(Runner):
         self.calls, self.roles, self.past = calls, roles, past
         self.not_inside: set[int] = set()
         """Layers that cannot be entered at "z" or "mid"."""
+        self.triangular = False
+        """Whether every mask lets positions read only themselves and what stands before them."""
         self._wiring: _Resumed | None = None
         self._job: Pass | None = None
         self._at = 0  # first position of the running layer: the pass's start, or later in a trimmed last layer
@@ -168,6 +170,7 @@ class VLMRunner(Runner):
         causal = bool(call.kwargs.get("is_causal")) if call.kwargs.get("is_causal") is not None else getattr(call.module, "is_causal", True)
         listens = points["attn_scores"] is not None or points["pattern"] is not None
         if not listens and not call.terms:
+            causal = causal if call.mask is None else self.triangular
             return attend(query, parts, call.mask, scale=call.scaling, copies=self._job.copies, causal=causal)
         keys, values = (torch.cat([per_row(x, len(query) // len(x)) for x in some], 2) for some in zip(*parts, strict=True))
         mask = call.mask

@@ -109,6 +109,7 @@ def _judged(
     roles = _roles(model, inputs, calls, n, n_pos)
     runner = VLMRunner(model, calls, roles, past, pre, positions, additions, logits)
     starts = _starts(model, inputs, run, calls)
+    runner.triangular = starts == list(range(n_pos))
     kind = _kind(calls, n)
     verdicts = _VERDICTS.setdefault(model, {})
     if kind not in verdicts:
