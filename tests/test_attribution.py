@@ -281,6 +281,7 @@ def _fails(logits: torch.Tensor) -> torch.Tensor:
         ({"steps": -1}, "steps and exact"),
         ({"layers_at_once": 0}, "layers_at_once"),
         ({"path": "curved"}, "path must be"),
+        ({"softmax": "hard"}, "softmax must be"),
         ({"sites": "vision"}, "vision"),
         ({"sites": "nothing"}, "sites must be"),
     ],
@@ -293,3 +294,32 @@ def test_refusals(toy: Any, wrong: dict[str, Any], message: str) -> None:
 def test_a_model_without_pictures_has_no_image_features(toy: Any) -> None:
     with pytest.raises(UnsupportedModelError, match="image_features"):
         attribute(toy, toy_pairs(2), sites="image_features", **QUIET)
+
+
+@pytest.mark.parametrize("by", ["span", "pos", "head"])
+@pytest.mark.parametrize("direction", ["noise", "denoise"])
+def test_queries_and_keys_through_the_softmax_are_exact_where_the_rest_is_straight(by: Any, direction: Any) -> None:
+    """Last layer of an attention-only model without norms: behind the heads all is linear. With slopes the same cells are nothing at all."""
+    program = programs.two_back()
+    common: dict[str, Any] = {"sites": ("q", "k"), "by": by, "layers": [1], "direction": direction, **QUIET}
+    pairs = program.pairs(6, 0)
+    exact, through = patch(program.model, pairs, **common), attribute(program.model, pairs, softmax="exact", exact=0, **common)
+    slope = attribute(program.model, pairs, exact=0, **common)
+    for site in ("q", "k"):
+        assert np.allclose(through[site].raw, exact[site].raw, atol=1e-3)
+        start = slope.start.reshape(-1, *(1,) * exact[site].value.ndim)
+        assert np.abs(slope[site].raw - start).max() < 1e-3
+        if direction == "noise":
+            assert np.abs(exact[site].raw - start).max() > 1
+
+
+def test_through_the_softmax_with_grouped_queries_pictures_and_steps() -> None:
+    model = HookedVLM(*build("qwen2_5_vl", preset="tiny", seed=0))
+    pairs = vlm_pairs(model)
+    common: dict[str, Any] = {"sites": ("q", "k", "v"), "by": "span", **QUIET}
+    exact = patch(model, pairs, **common)
+    found = {how: attribute(model, pairs, softmax=how, exact=0, **common) for how in ("slope", "exact")}
+    assert np.allclose(found["slope"]["v"].raw, found["exact"]["v"].raw, atol=1e-5)
+    errors = {how: sum(np.abs(one[site].raw - exact[site].raw).mean() for site in "qk") for how, one in found.items()}
+    assert errors["exact"] < errors["slope"]
+    attribute(model, pairs, softmax="exact", steps=2, layers_at_once=1, exact=0, **common)

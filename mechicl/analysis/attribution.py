@@ -16,6 +16,7 @@ from mechicl.analysis.feed import progress_bar, provenance
 from mechicl.analysis.metrics import Metric
 from mechicl.analysis.patch_cells import By, Patch, Selection
 from mechicl.analysis.patching import Correction, Given
+from mechicl.analysis.through_softmax import Softmax
 from mechicl.errors import OptionError
 from mechicl.prompts.align import Align
 from mechicl.prompts.batch import Batch
@@ -35,6 +36,7 @@ def attribute(
     direction: Direction = "denoise",
     steps: int = 0,
     path: Path | str = "inputs",
+    softmax: Softmax | str = "slope",
     layers: Collection[int] | None = None,
     heads: Collection[Head] | None = None,
     spans: Sequence[str] | None = None,
@@ -68,6 +70,8 @@ def attribute(
         path: The way: "inputs", the stream that enters layer 0 (tokens with pictures merged in and a toy's code of places; what DeepStack adds later too)
             goes in a straight line from one run to the other, and one backward pass serves all cells. "site": each site of each layer goes in a straight line by
             itself, as in exact patching of the whole layer, at `steps` passes for each.
+        softmax: How cells of q and k are estimated. "slope": like the others. "exact": through the softmax as it is (the layer's attention is called again with the
+            changed queries, or keys of each span), and only what lies behind the heads is a slope; finds what a sure softmax hides.
         layers: Only these layers.
         heads: Only these (layer, head).
         spans: Only these spans.
@@ -90,16 +94,16 @@ def attribute(
         NotFiniteError: the metric or a gradient is NaN.
 
     Source:
-        Nanda 2023 (attribution patching); Sundararajan, Taly and Yan 2017 (integrated gradients); Hanna et al. 2024 (the way from input to input).
+        Nanda 2023 (attribution patching); Kramár et al. 2024 (AtP*: queries and keys through the softmax); Sundararajan, Taly and Yan 2017 (integrated gradients); Hanna et al. 2024 (the way from input to input).
     """
-    _check(steps, path, exact, layers_at_once, sites)
+    _check(steps, path, softmax, exact, layers_at_once, sites)
     job = patching._prepare(
         model, clean, corrupt, sites, by, metric, direction, Selection(layers, heads, spans), align, "resume", batch_size
     )
     patching._check_statistics(correction, n_permutations)
     raw = {site: np.full((job.n, *plan.shape), np.nan) for site, plan in job.plans.items()}
     ends = {name: np.full(job.n, np.nan) for name in ("clean", "corrupt")}
-    hooks = HookPoints.of(job.patches, layers_at_once)
+    hooks = HookPoints.of(job.patches, layers_at_once, softmax == "exact")
     bar = progress_bar(None, total=job.n, what="attribution", show=progress)
     for rows in job.parts():
         recorded = job.record(rows)
@@ -116,7 +120,7 @@ def attribute(
     start = ends["corrupt" if direction == "denoise" else "clean"]
     found = {site: patching._effects(site, plan, raw[site], ends, start, n_permutations, seed) for site, plan in job.plans.items()}
     found, more = patching._correct(found, correction, job.n, n_permutations)
-    options = {"sites": list(job.plans), "by": by, "direction": direction, "metric": job.contrast.name, "steps": steps, "path": path, "align": align,
+    options = {"sites": list(job.plans), "by": by, "direction": direction, "metric": job.contrast.name, "steps": steps, "path": path, "softmax": softmax, "align": align,
                "correction": correction, "n_permutations": n_permutations, "batch_size": batch_size, "exact": exact, "pairs": job.how}  # fmt: skip
     shares = {site: e.value if direction == "denoise" else 1 - e.value for site, e in found.items()}
     return Attribution(
@@ -127,13 +131,15 @@ def attribute(
     )  # fmt: skip
 
 
-def _check(steps: int, path: str, exact: int, layers_at_once: int | None, sites: Sequence[str] | str) -> None:
+def _check(steps: int, path: str, softmax: str, exact: int, layers_at_once: int | None, sites: Sequence[str] | str) -> None:
     if steps < 0 or exact < 0 or (layers_at_once is not None and layers_at_once < 1):
         raise OptionError(
             f"steps and exact must be at least 0, layers_at_once at least 1; got {steps}, {exact}, {layers_at_once}. Raise them."
         )
     if path not in get_args(Path):
         raise OptionError(f"path must be one of {', '.join(get_args(Path))}; got {path!r}. inputs is the cheap one.")
+    if softmax not in get_args(Softmax):
+        raise OptionError(f"softmax must be one of {', '.join(get_args(Softmax))}; got {softmax!r}. slope is the fast one.")
     if "vision" in ((sites,) if isinstance(sites, str) else sites):
         raise OptionError(
             "sites must not hold vision for attribution: a tower's layout has no episodes to split a gradient by. Use image_features, or patch vision exactly."

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mechicl.analysis.differentiable import Measure
 from mechicl.analysis.gradients import Edit, slopes, values
 from mechicl.analysis.patch_cells import STATES, Patch, hook_name
 from mechicl.analysis.patch_run import Recorded, added_layers
+from mechicl.analysis.through_softmax import Heads, by_key_head
 
 Path = Literal["inputs", "site"]
 START = "blocks.0.hook_resid_pre"
@@ -20,23 +22,30 @@ START = "blocks.0.hook_resid_pre"
 
 @dataclass(frozen=True)
 class HookPoints:
-    """Hook points of all cells: `own` by layer, a few layers at a time; `patches` of each hook, to know what moves with it."""
+    """Hook points of all cells.
+
+    `together`: those whose slopes are taken in one pass. `states`: those that take later additions of the picture along. `outputs`: layers at whose heads'
+    outputs the slope is kept, for queries and keys that go through the softmax.
+    """
 
     together: tuple[tuple[str, ...], ...]
     states: frozenset[str]
+    outputs: frozenset[int]
 
     @staticmethod
-    def of(patches: Sequence[Patch], layers_at_once: int | None) -> HookPoints:
+    def of(patches: Sequence[Patch], layers_at_once: int | None, softmax: bool) -> HookPoints:
         """Those that the cells need."""
         by_layer: dict[int, list[str]] = {}
+        through = frozenset(patch.layer for patch in patches if softmax and patch.site in ("q", "k"))
         for patch in patches:
+            hook = hook_name("z", patch.layer) if softmax and patch.site in ("q", "k") else patch.hook
             found = by_layer.setdefault(patch.layer, [])
-            if patch.hook not in found:
-                found.append(patch.hook)
+            if hook not in found:
+                found.append(hook)
         layers = sorted(by_layer)
         size = layers_at_once or len(layers)
         together = [tuple(hook for layer in layers[k : k + size] for hook in by_layer[layer]) for k in range(0, len(layers), size)]
-        return HookPoints(tuple(together), frozenset(patch.hook for patch in patches if patch.site in STATES))
+        return HookPoints(tuple(together), frozenset(patch.hook for patch in patches if patch.site in STATES), through)
 
 
 @dataclass(eq=False)
@@ -44,7 +53,7 @@ class Products:
     """Difference times slope of some pairs, summed over the last axis.
 
     `found`: hook name -> [blocks * n, pos], [blocks * n, pos, head] or (patterns) [blocks * n, head, dest]. `added`: (hook name, layer) -> the same for what
-    DeepStack adds at that layer. `differences`: donor - base by hook name, where several passes need them.
+    DeepStack adds at that layer. `differences`: donor - base by hook name, where several passes need them. `at_z`: mean slope at a layer's heads' outputs.
     """
 
     model: Any
@@ -56,6 +65,9 @@ class Products:
     added: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     differences: dict[str, Tensor] = field(default_factory=dict)
     later: dict[int, Tensor] = field(default_factory=dict)
+    at_z: dict[int, Tensor] = field(default_factory=dict)
+    heads: Heads | None = None
+    worths: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
     def run(self, hooks: HookPoints, steps: int, path: Path | str) -> Products:
         """All passes."""
@@ -71,13 +83,20 @@ class Products:
                 slope = slopes(self.model, self.recorded.chunk.base, asked, self.measure, positions=self.positions, edits=edits)
                 for name in names:
                     difference = self.differences[name] if steps else self._difference(name, slope.values[name])
-                    self._add(self.found, name, difference * slope.gradients[name].float() / len(shares))
+                    gradient = slope.gradients[name].float() / len(shares)
+                    self._add(self.found, name, difference * gradient)
+                    if (layer := _layer(name)) in hooks.outputs and name == hook_name("z", layer):
+                        self.at_z[layer] = self.at_z.get(layer, 0) + gradient
                 for name, layer in ((name, layer) for name in states for layer in self.recorded.chunk.additions):
                     gradient = slope.gradients[hook_name("resid_pre", layer)].float()
                     self._add(self.added, (name, layer), self.recorded.chunk.additions[layer].float() * gradient / len(shares))
+        if hooks.outputs:
+            self.heads = Heads.of(self.model, self.recorded.chunk.base, self.at_z, positions=self.positions)
         return self
 
-    def _passes(self, hooks: HookPoints, steps: int, path: Path | str) -> Iterator[tuple[tuple[str, ...], Callable[[float], dict[str, Edit]]]]:
+    def _passes(
+        self, hooks: HookPoints, steps: int, path: Path | str
+    ) -> Iterator[tuple[tuple[str, ...], Callable[[float], dict[str, Edit]]]]:
         """Hook points whose slopes are taken together, and what is moved on the way."""
         for names in hooks.together:
             if steps and path == "site":
@@ -89,7 +108,7 @@ class Products:
     def _moves(self, name: str, share: float, state: bool) -> dict[str, Edit]:
         """`share` of the way to the donor's activation; a state takes DeepStack's later additions along."""
         moved = {name: _toward(self.differences[name], share)}
-        layer = int(name.split(".")[1]) if name.startswith("blocks") else 0
+        layer = _layer(name)
         for k, difference in self._additions().items() if state else ():
             if k > layer:
                 moved[hook_name("resid_pre", k)] = _toward(difference.float(), share)
@@ -151,18 +170,42 @@ class Products:
             mask = mask & chunk.alignment.known
         if patch.site == "image_features":
             mask = mask & chunk.pictures
-        total = self._masked(self.found[patch.hook], mask, patch)
+        if self.heads is not None and patch.site in ("q", "k"):
+            total = self._through(self.heads, mask, patch)
+        else:
+            total = self._masked(self.found[patch.hook], mask, patch)
         if patch.site in STATES:
             for layer in chunk.additions:
                 if layer > patch.layer:
                     total = total + self._masked(self.added[patch.hook, layer], mask, patch)
         return total.reshape(self.blocks, -1).sum(0).double().cpu().numpy()
 
+    def _through(self, heads: Heads, mask: Tensor, patch: Patch) -> Tensor:
+        """A cell of queries or keys through the softmax as it is, [blocks * n]. Queries ask each for itself; keys compete, so each group of them is one call."""
+        assert patch.head is not None
+        key = (patch.layer, patch.site, None if patch.site == "q" else patch.group)
+        if key not in self.worths:
+            own = heads.at(patch.layer, patch.site)
+            there = (self.recorded.chunk.real if patch.site == "q" else mask).to(own.device)[..., None, None]
+            if not self.recorded.chunk.alignment.same:
+                there = there & self.recorded.chunk.alignment.known.to(own.device)[..., None, None]
+            self._difference(patch.hook, own)  # fetches the donor's
+            changed = torch.where(there, self.recorded.chunk.value(patch.hook).to(own), own)
+            worth = heads.worth(patch.layer, patch.site, changed[None])[0]
+            self.worths[key] = worth if patch.site == "q" else by_key_head(worth.sum(1), own.shape[2])
+        found = self.worths[key]
+        return (found[:, :, patch.head] * mask.to(found.device)).sum(1) if patch.site == "q" else found[:, patch.head]
+
     @staticmethod
     def _masked(product: Tensor, mask: Tensor, patch: Patch) -> Tensor:
         if patch.head is not None:
             product = product[:, patch.head] if patch.site == "pattern" else product[:, :, patch.head]
         return (product * mask.to(product.device)).sum(1)
+
+
+def _layer(name: str) -> int:
+    """Of a hook point; 0 for the model's inputs."""
+    return int(name.split(".")[1]) if name.startswith("blocks") else 0
 
 
 def _toward(difference: Tensor, share: float) -> Edit:

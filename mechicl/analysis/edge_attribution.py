@@ -17,7 +17,7 @@ from mechicl.analysis.edge_gradients import CHUNK_BYTES, START, Run, between_lay
 from mechicl.analysis.feed import progress_bar, provenance
 from mechicl.analysis.metrics import Metric
 from mechicl.analysis.patching import Given, _gap
-from mechicl.analysis.through_softmax import Heads, edges_through_softmax
+from mechicl.analysis.through_softmax import Heads, Softmax, edges_through_softmax
 from mechicl.errors import OptionError
 from mechicl.models.edge_graph import EdgeGraph
 from mechicl.prompts.align import span_groups
@@ -27,7 +27,6 @@ from mechicl.results import Agreement, Edge, EdgeScores, Receiver
 from mechicl.results.patching import Direction
 
 Method = Literal["EAP", "EAP-IG"]
-Softmax = Literal["slope", "exact"]
 
 
 def eap(

@@ -19,6 +19,7 @@ from mechicl.models import streams
 from mechicl.models.attend import Attention
 from mechicl.models.edge_graph import EdgeGraph
 
+Softmax = Literal["slope", "exact"]
 BYTES = 1 << 28
 """Queries, keys and head outputs of the changed copies of a layer, at a time."""
 
