@@ -229,6 +229,48 @@ def test_a_model_with_grouped_keys_and_pictures_equals_plain_torch(organism: Org
             assert np.allclose(result.raw[(slice(None), *result.index(Edge(sender, receiver)))], expected, atol=2e-5), (sender, receiver)
 
 
+@pytest.mark.parametrize("family", ["gemma3", "paligemma2"])
+@torch.no_grad()
+def test_heads_behind_a_norm_equal_heads_patched_in_place(family: str, organism: Organism) -> None:
+    """With MLPs computed anew, the path from a head of the last layer to the logits is all that patching its z does; of the first layer, what its keys read is."""
+    model = HookedVLM(*organism(family), check=False)
+    pairs = minimal_pairs(model.renderer, draw(3, classes=2, shots=1, size=28, seed=1, syllables=(2, 2)), "swap_query")
+    last, layers = model.cfg.n_layers - 1, model.hf.get_decoder().layers
+    metric = first_logits(pairs)
+    _, there = model.run_with_cache(pairs.corrupt)
+    _, here = model.run_with_cache(pairs.clean)
+
+    def put(layer: int, head: int) -> tuple[str, Callable[..., Tensor]]:
+        def edit(z: Tensor, *, hook: Any) -> Tensor:
+            z = z.clone()
+            z[:, :, head] = there[f"blocks.{layer}.attn.hook_z"][:, :, head]
+            return z
+
+        return f"blocks.{layer}.attn.hook_z", edit
+
+    heads = range(model.cfg.n_heads)
+    found = path_patch(model, pairs, senders=[f"{last}.{h}" for h in heads], freeze="heads", metric=metric, **QUIET)
+    for head in heads:
+        expected = metric(model.run_with_hooks(pairs.clean, fwd_hooks=[put(last, head)])[:, -1])
+        assert np.allclose(found.raw[:, head, 0], expected, atol=2e-5)
+    assert not np.allclose(found.raw[:, 0, 0], found.clean, atol=1e-6)
+    assert "do not add up" in found.notes[0]
+    strict = path_patch(model, pairs, senders=["0.1"], receivers=["v 1.0", "mlp 0"], metric=metric, **QUIET)
+    with model.hooks(fwd_hooks=[put(0, 1)]):
+        _, moved = model.run_with_cache(pairs.clean)
+    change = moved["blocks.0.hook_attn_out"] - here["blocks.0.hook_attn_out"]
+    width = model.cfg.d_head
+    new = layers[1].self_attn.v_proj(layers[1].input_layernorm(here["blocks.1.hook_resid_pre"] + change))[..., :width]
+
+    def values(v: Tensor, *, hook: Any) -> Tensor:
+        v = v.clone()
+        v[:, :, 0] = new
+        return v
+
+    expected = metric(model.run_with_hooks(pairs.clean, fwd_hooks=[("blocks.1.attn.hook_v", values)])[:, -1])
+    assert np.allclose(strict.raw[(slice(None), *strict.index(Edge(Sender("head", 0, 1), Receiver("v", 1, 0))))], expected, atol=2e-5)
+
+
 def first_logits(pairs: Pairs) -> Callable[[Tensor], Tensor]:
     """Of two fixed tokens: any difference will do to compare runs."""
     return lambda logits: logits[:, 7] - logits[:, 11]
@@ -339,5 +381,5 @@ def test_refusals(organism: Organism) -> None:
         path_patch(model, Pairs(pairs.clean, toy_pairs(2, classes=3).clean, "none", ()))
     with pytest.raises(OptionError, match="edge must be between"):
         path_patch(model, pairs, **QUIET)[Edge(Sender("embed"), Receiver("q", 0, 0))]
-    with pytest.raises(UnsupportedModelError, match="norm"):
-        path_patch(HookedVLM(*organism("gemma3"), check=False), pairs)
+    with pytest.raises(UnsupportedModelError, match="gate"):
+        path_patch(HookedVLM(*organism("mllama"), check=False), pairs)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mechicl.analysis.metrics import Contrast
 from mechicl.analysis.switches import z_name
+from mechicl.errors import UnsupportedModelError
 from mechicl.models.resume import Cell, Recorded, record, run_cells
 from mechicl.models.streams import has_mlp, head_outputs, mlp, read, unembed
 from mechicl.prompts.batch import Batch
@@ -21,6 +22,9 @@ from mechicl.results.nodes import Receiver, Sender, feeds
 Freeze = Literal["all", "heads"]
 """What keeps its output of the start run between sender and receiver. all: everything, so that only the edge itself is exchanged. heads: attention only; MLPs
 on the way are computed anew and carry on what they make of the change (Wang et al. 2023)."""
+
+NORM_TOLERANCE = 0.02
+"""Largest difference between a layer's attention called through its norm and as recorded, as a share of its largest value (half precision rounds sums of the stream)."""
 
 CHUNK_BYTES = 1 << 28
 """Memory for the changes that are held at once."""
@@ -71,6 +75,12 @@ class Runs:
             part = _Sweep(self, some, receivers, freeze, base, raw[:, begin : begin + len(some)], progress or (lambda _: None))
             part.run()
         return raw
+
+
+def behind_norm(model: Any, layer: int) -> bool:
+    """Whether a norm of its own stands between the layer's output projection and the stream, so that its heads' parts do not add up."""
+    part = model.anatomy.layers[layer] if hasattr(model, "anatomy") else None
+    return part is not None and not part.additive and part.attn_out is not None and part.o_proj is not None
 
 
 class _Sweep:
@@ -128,11 +138,29 @@ class _Sweep:
         found = [(k, sender.head) for k, sender in enumerate(self.senders) if sender.kind == "head" and sender.layer == layer]
         if not found:
             return
-        z = self._at(self.runs.other[z_name(layer)]) - self._at(self.runs.start[z_name(layer)])
+        here, there = (self._at(run[z_name(layer)]) for run in (self.runs.start, self.runs.other))
+        if behind_norm(self.model, layer):
+            self._normed_heads(layer, found, here, there)
+            return
+        z = there - here
         head_outputs(self.model, layer, z[:1, :1])  # refuses a family whose heads are not summands
         weight = self.model.blocks[layer].attn.W_O
         for k, head in found:
             self.change[k] = z[:, :, head] @ weight[head].to(z.dtype)
+
+    def _normed_heads(self, layer: int, found: list[tuple[int, int]], here: Tensor, there: Tensor) -> None:
+        """Heads behind a norm: what the norm makes of all heads' sum with one of them exchanged, less what it makes of the sum as it was."""
+        part, start = self.model.anatomy.layers[layer], self.runs.start
+        before = part.attn_out(part.o_proj(here.flatten(2)))
+        given = self._at(start.mid(layer)) - self._at(start.pre(layer))
+        if float((before - given).abs().max()) > NORM_TOLERANCE * float(given.abs().max()):
+            raise UnsupportedModelError(
+                f"layer {layer} of {self.model.cfg.model_type} must put nothing but a norm between its heads and the stream; it does. Use activation patching."
+            )
+        for k, head in found:
+            z = here.clone()
+            z[:, :, head] = there[:, :, head]
+            self.change[k] = part.attn_out(part.o_proj(z.flatten(2))) - before
 
     def _embed(self, layer: int) -> None:
         """The embeddings' change; what a family adds of the picture between layers (DeepStack) belongs to it from there on."""

@@ -11,20 +11,21 @@ from torch import Tensor
 
 from mechicl.analysis.feed import progress_bar, provenance
 from mechicl.analysis.metrics import Metric, contrast
-from mechicl.analysis.patching import Correction, _gap, _sides
-from mechicl.analysis.path_runs import Freeze, Runs
+from mechicl.analysis.patching import Correction, _gap
+from mechicl.analysis.path_runs import Freeze, Runs, behind_norm
 from mechicl.analysis.statistics import benjamini_hochberg, holm, ratio_interval, sign_flip_p
-from mechicl.errors import OptionError
+from mechicl.errors import EpisodeError, OptionError
 from mechicl.models.edge_graph import EdgeGraph
 from mechicl.prompts.align import align, span_groups
 from mechicl.prompts.batch import Batch
 from mechicl.prompts.corrupt import Pairs
 from mechicl.prompts.episode import Episode
+from mechicl.results.base import Skipped
 from mechicl.results.nodes import Receiver, Sender, feeds
 from mechicl.results.patching import Direction
 from mechicl.results.paths import PathEffects
 
-Node = Sender | Receiver
+NORMED = "A norm stands between the heads and the stream: a head is exchanged before it, the norm is computed anew, and the heads' parts do not add up."
 
 
 def path_patch(
@@ -57,7 +58,8 @@ def path_patch(
     within a prompt; compare freeze="heads".
 
     Args:
-        model: A `HookedVLM`, or anything with the surface of `HookedModel`, whose heads' outputs are summands of the stream.
+        model: A `HookedVLM`, or anything with the surface of `HookedModel`. In families with a norm between heads and stream (Gemma 2 and 3) a head is exchanged before
+            that norm, which is then computed anew.
         clean: Pairs, or the clean prompts.
         corrupt: The corrupt prompts, row by row as long; None with Pairs.
         senders: Senders or their names ("embed", "1.3", "mlp 0"); None or "all" for all.
@@ -80,12 +82,12 @@ def path_patch(
     Raises:
         OptionError: an option, a sender, a receiver or a span that does not exist.
         EpisodeError: pairs that do not match token for token, or whose runs do not differ in the metric.
-        UnsupportedModelError: heads are not summands of the stream, or a part cannot be called by itself; says why.
+        UnsupportedModelError: the family gates its attention, or a part cannot be called by itself; says why.
 
     Source:
         Wang et al. 2023 (path patching), Goldowsky-Dill et al. 2023. Differs: intervals, permutation p; the strict edge is the default.
     """
-    graph = EdgeGraph.of(model)
+    graph = _graph(model)
     direction, frozen = _choice("direction", direction, Direction), _choice("freeze", freeze, Freeze)
     correction = _choice("correction", correction, Correction)
     if batch_size < 1 or n_permutations < 1:
@@ -96,6 +98,8 @@ def path_patch(
     asked = _named(("logits",) if receivers is None else receivers, graph.receivers, "receiver")
     first, second, how, skipped = _sides(model, clean, corrupt)
     measured, rows, unscored, notes = contrast(metric, first, second)
+    if getattr(model, "not_additive", ""):
+        notes.append(NORMED)
     if len(rows) < first.n:
         first, second = first.select(rows), second.select(rows)
     align(first, second, None, names=("clean", "corrupt"))
@@ -130,6 +134,22 @@ def path_patch(
     )  # fmt: skip
 
 
+def _sides(model: Any, clean: Any, corrupt: Any) -> tuple[Batch, Batch, str, tuple[Skipped, ...]]:
+    """Clean and corrupt prompts, how they were made, and what was left out."""
+    if isinstance(clean, Pairs):
+        if corrupt is not None:
+            raise OptionError("corrupt must not be given beside Pairs; got both. Pairs hold both sides.")
+        return clean.clean, clean.corrupt, clean.how, clean.skipped
+    if corrupt is None:
+        raise OptionError("corrupt must be given; got None. Make pairs with prompts.corrupt.minimal_pairs, or pass both batches.")
+    first, second = (side if isinstance(side, Batch) else model.render(side) for side in (clean, corrupt))
+    if first.n != second.n:
+        raise EpisodeError(
+            f"clean and corrupt must be paired, prompt by prompt; got {first.n} and {second.n} prompts. Make pairs with minimal_pairs."
+        )
+    return first, second, "given", ()
+
+
 def _statistics(
     raw: np.ndarray, clean: np.ndarray, corrupt: np.ndarray, direction: str, n_permutations: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -140,6 +160,18 @@ def _statistics(
     rounding = max(1e-5 * float(np.abs(gap).mean()), 2e-6 * float(np.abs(start).max()))
     p = sign_flip_p(raw - start[:, None, None], n_draws=n_permutations, seed=seed, tie=rounding)
     return above.mean(0) / gap.mean(), low, high, p
+
+
+def _graph(model: Any) -> EdgeGraph:
+    """The model's graph; also of a family with a norm (but no gate) between heads and stream, which other methods of edges refuse."""
+    layers, cfg = range(model.cfg.n_layers), model.cfg
+    if getattr(model, "not_additive", "") and all(
+        behind_norm(model, k) and f"blocks.{k}.hook_resid_mid" in model.hook_dict for k in layers
+    ):
+        parts = model.anatomy.layers
+        if all((part.n_heads, part.n_key_value_heads) == (cfg.n_heads, cfg.n_key_value_heads) for part in parts):
+            return EdgeGraph(cfg.n_layers, cfg.n_heads, cfg.n_key_value_heads, any(part.mlp_out is not None for part in parts))
+    return EdgeGraph.of(model)
 
 
 def _choice(name: str, value: str, allowed: Any) -> Any:
