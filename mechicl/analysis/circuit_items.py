@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,9 @@ from mechicl.analysis.circuit_scores import edge_scores, node_scores
 from mechicl.models.edge_graph import EdgeGraph
 from mechicl.results import Edge, Sender
 from mechicl.results.circuits import Level
+
+MASK_BYTES = 2**28
+"""Bytes of masks that exist at once."""
 
 
 @dataclass(eq=False)
@@ -51,6 +54,12 @@ class Items:
                 rows[:, row] |= columns[:, column]
         columns[:, self.graph.sender_index[Sender("embed")]] = True
         return columns[:, None, :] & rows[:, :, None] & self.graph.possible
+
+    def blocks(self, sets: np.ndarray) -> Iterator[np.ndarray]:
+        """Masks of the sets, a bounded number at a time."""
+        size = max(1, MASK_BYTES // self.graph.possible.size)
+        for start in range(0, len(sets), size):
+            yield self.masks(sets[start : start + size])
 
     def trim(self, chosen: np.ndarray) -> np.ndarray:
         """Without dead ends; nodes have none."""

@@ -177,32 +177,45 @@ def _strata(graph: EdgeGraph) -> np.ndarray:
 
 
 def _random_circuit(graph: EdgeGraph, strata: np.ndarray, goal: np.ndarray, total: int, rng: np.random.Generator) -> np.ndarray:
+    """One draw: edge by edge backwards from the logits, each into a node that is there, or into the node that was just added."""
     mask = np.zeros_like(graph.possible)
-    rows, senders = np.zeros(len(graph.receivers), dtype=bool), np.zeros(len(graph.senders), dtype=bool)
-    rows[-1] = senders[graph.sender_index[Sender("embed")]] = True
-    lacking = goal.astype(float)
-    left = total
-    at: tuple[int, ...] = ()  # receivers of the node that still has no edge into it
-    while left:
-        free = graph.possible & ~mask
-        if at:
-            free &= np.isin(np.arange(len(rows)), at)[:, None]
-        else:
-            free &= rows[:, None]
-        if left == 1 or not free.any():  # the last edge must start at something that is there
-            free &= senders
-        if not free.any():
+    there, rows = np.zeros(len(graph.senders), dtype=bool), np.zeros(len(graph.receivers), dtype=bool)
+    rows[-1] = there[graph.sender_index[Sender("embed")]] = True
+    lacking, added = goal.copy(), None  # `added`: rows of a node that still has no edge into it
+    for left in range(total, 0, -1):
+        into = rows if added is None else added
+        # the last edge must begin at something that is there
+        edge = _draw_edge(graph, mask, into, there if left == 1 else np.ones_like(there), strata, lacking, rng)
+        if edge is None:  # every edge into what is there is taken
             break
-        weight = np.where(free, lacking.clip(0)[strata][None, :], 0.0)
-        weight = weight if weight.any() else free.astype(float)
-        row, column = divmod(int(rng.choice(weight.size, p=weight.ravel() / weight.sum())), len(senders))
+        row, column = edge
         mask[row, column] = True
         lacking[strata[column]] -= 1
-        left -= 1
-        at = () if senders[column] else graph.inputs[column]
-        senders[column] = True
-        rows[list(graph.inputs[column])] = True
-    return mask
+        mine = np.zeros_like(rows)
+        mine[list(graph.inputs[column])] = True
+        added = None if there[column] else mine
+        there[column] = True
+        rows |= mine
+    return graph.live(mask)
+
+
+def _draw_edge(
+    graph: EdgeGraph,
+    mask: np.ndarray,
+    into: np.ndarray,
+    senders: np.ndarray,
+    strata: np.ndarray,
+    lacking: np.ndarray,
+    rng: np.random.Generator,
+) -> tuple[int, int] | None:
+    """An unused edge into one of these rows, from kinds and layers in the measure that they are lacking; from any other where these have none."""
+    keys = np.where(lacking > 0, rng.exponential(size=len(lacking)) / np.maximum(lacking, 1), 1e9 + rng.random(len(lacking)))
+    for stratum in np.argsort(keys):  # weighted order without replacement
+        for column in rng.permutation(np.flatnonzero((strata == stratum) & senders)):
+            rows = np.flatnonzero(graph.possible[:, column] & ~mask[:, column] & into)
+            if len(rows):
+                return int(rng.choice(rows)), int(column)
+    return None
 
 
 def random_nodes(graph: EdgeGraph, columns: np.ndarray, n_draws: int, rng: np.random.Generator) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from mechicl.analysis.circuit_items import Items
+from mechicl.analysis.circuit_items import MASK_BYTES, Items
 from mechicl.analysis.circuit_measure import Measured, measure, random_faithfulness
 from mechicl.analysis.circuit_runs import CircuitRuns
 from mechicl.analysis.circuit_scores import check_level, places_of
@@ -155,6 +155,7 @@ def circuit_curve(
     replacement: Replacement | str = "resample",
     held_out: float = 0.5,
     n_random: int = 20,
+    circuit: Circuit | None = None,
     places: Any = None,
     seed: int = 0,
     batch_size: int = 8,
@@ -171,6 +172,7 @@ def circuit_curve(
         method: Order of the edges: by strength, or grown from the logits.
         held_out: Share of the pairs that is measured on, where `scores` is None. Given scores are taken as made elsewhere, and all pairs are measured.
         n_random: Random circuits for each k.
+        circuit: The circuit that was chosen, for the record (figures start there).
 
     Other arguments, errors: as in `find_circuit`.
     """
@@ -193,7 +195,7 @@ def circuit_curve(
         ks=items.edges_kept(sets), edges_in_order=edges, scores=each, n_live=live.sum((1, 2)), faithfulness=tuple(test.estimate(row, seed=seed) for row in raw),
         random_low=low, random_mean=mean, random_high=high, n_draws=n_random, raw=raw.T, clean=test.clean, corrupt=test.corrupt, replacement=replacement,
         metric=whole.reads.name, unit=whole.reads.unit, scored_by=scored_by, n_edges_possible=int(whole.graph.possible.sum()), n=test.n, skipped=whole.skipped,
-        provenance=provenance(model, task=task, seed=seed, options=options), level=items.level, places=places_of(whole.graph, places), notes=whole.notes, shape=shape_of(whole.graph),
+        provenance=provenance(model, task=task, seed=seed, options=options), level=items.level, places=places_of(whole.graph, places), notes=whole.notes, shape=shape_of(whole.graph), circuit=circuit,
     )  # fmt: skip
 
 
@@ -237,9 +239,11 @@ def _ranked(items: Items, search: CircuitRuns, scores: Any, method: str) -> tupl
         return items.scored(scores)
     if method == "prune" or (method == "greedy" and items.level == "node"):
         return np.full(len(items), np.nan), "exact effects, step by step"
-    everything = np.ones((len(items), len(items)), dtype=bool)
-    np.fill_diagonal(everything, False)
-    return 1.0 - search.faithfulness(items.masks(everything)), "exact loss of each alone"
+    found, step = [], max(1, MASK_BYTES // items.graph.possible.size)
+    for start in range(0, len(items), step):
+        dropped = np.arange(start, min(start + step, len(items)))
+        found.append(search.faithfulness(items.masks(np.arange(len(items))[None, :] != dropped[:, None])))
+    return 1.0 - np.concatenate(found), "exact loss of each alone"
 
 
 def _order(items: Items, value: np.ndarray, method: str) -> list[int]:
@@ -254,7 +258,8 @@ def _search(items: Items, search: CircuitRuns, value: np.ndarray, method: str, t
     """The chosen items, as truth values."""
 
     def close(sets: np.ndarray) -> np.ndarray:
-        return 1.0 - np.abs(1.0 - search.faithfulness(items.masks(sets)))
+        found = np.concatenate([search.faithfulness(masks) for masks in items.blocks(sets)])
+        return 1.0 - np.abs(1.0 - found)
 
     chosen = np.ones(len(items), dtype=bool)
     if method == "greedy" and items.level == "node" and np.isnan(value).all():
