@@ -148,10 +148,32 @@ def test_tables_add_up_on_toys_with_biases(positions: Any, norm: Any) -> None:
     assert "biases" in match.queries
 
 
+def test_the_planted_key_came_from_the_exemplars_own_item() -> None:
+    planted = planted_induction(n_heads=4, seed=3)
+    batch = toy_batch(8, 3, 2, renderer=planted.model.renderer)
+    (head,), ((layer, fetching),) = planted.matching, planted.previous_token
+    match = head_circuits(planted.model, [head], batch, sources=True, **QUIET).matches[head]
+    assert match.top(1) == [("embed", f"{layer}.{fetching} own item")]
+    assert match.value.max() == pytest.approx(40.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava"])
+def test_what_heads_read_adds_up_to_the_heads(family: str) -> None:
+    model, data, head = hooked(family), episodes(3), (hooked(family).cfg.n_layers - 1, 1)
+    whole, apart = (head_circuits(model, [head], data, sources=sources, most=1000, **QUIET).matches[head] for sources in (False, True))
+    groups = {name: [k for k, one in enumerate(apart.senders) if one == name or one.startswith(f"{name} ")] for name in whole.senders}
+    size = np.abs(whole.per_episode).sum((1, 2)).max() + 1e-3
+    for i, query in enumerate(whole.queries):
+        for j, key in enumerate(whole.senders):
+            found = apart.per_episode[:, groups[query]][:, :, groups[key]].sum((1, 2))
+            np.testing.assert_allclose(found, whole.per_episode[:, i, j], atol=1e-4 * size)
+    assert any(name.endswith("own item") for name in apart.queries)
+
+
 def test_small_parts_are_added_up_without_changing_the_sum() -> None:
     model, data = hooked("qwen2_5_vl"), episodes(3)
     head = (model.cfg.n_layers - 1, 0)
-    whole, few = (head_circuits(model, [head], data, most=most, **QUIET).matches[head] for most in (40, 3))
+    whole, few = (head_circuits(model, [head], data, most=most, **QUIET).matches[head] for most in (100, 3))
     assert len(few.queries) == 3
     assert few.queries[-1] == few.senders[-1] == "rest"
     np.testing.assert_allclose(few.per_episode.sum((1, 2)), whole.per_episode.sum((1, 2)), rtol=1e-6, atol=1e-6)
@@ -241,6 +263,8 @@ def test_what_does_not_exist_is_refused() -> None:
         head_circuits(model, [(0, 0)], batch, keys="token", **QUIET)
     with pytest.raises(OptionError, match="by must be"):
         head_circuits(model, [(0, 0)], batch, by="neuron", **QUIET)
+    with pytest.raises(OptionError, match="split heads"):
+        head_circuits(model, [(0, 0)], batch, by="layer", sources=True, **QUIET)
     with pytest.raises(OptionError, match="prompt must be"):
         head_circuits(model, [(0, 0)], prompt=0, **QUIET)
     with pytest.raises(EmptySpanError, match="image"):

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from mechicl.analysis.copying import copying
 from mechicl.analysis.feed import Data, batches, check_data, comparable, provenance, rehearse, take
+from mechicl.analysis.head_reading import HeadReading, attention_scale
 from mechicl.analysis.prompts import prompt_view
-from mechicl.analysis.qk_match import MOST, HeadReading, Keys, attention_scale, matches
+from mechicl.analysis.qk_match import MOST, Keys, matches
 from mechicl.analysis.unembedding import first_tokens
 from mechicl.analysis.written import By, check_by
 from mechicl.errors import OptionError, UnsupportedModelError
@@ -31,6 +32,7 @@ def head_circuits(
     *,
     keys: Keys | str = "label",
     by: By | str = "component",
+    sources: bool = False,
     fold: bool = True,
     n_random: int = 200,
     most: int = MOST,
@@ -51,6 +53,8 @@ def head_circuits(
         data: A Batch, or episodes whose exemplars show the right label and a wrong one; others are left out and named.
         keys: Where an exemplar's key is read: "label", "close" (the template's tokens after it), "image" or "text".
         by: Parts of the streams: "component" (embeddings, heads, MLPs) or "layer" (sublayers: for families whose heads are not added as they are).
+        sources: Split every head's part further by what it read (`mechicl.analysis.sources.GROUPS`): "0.1 own item" in a key is what head 0.1 carried from the exemplar's
+            own picture (or text) to it, in the query what it carried from the query's.
         fold: OV only: multiply the norms' weights into the matrices.
         n_random: Random matrices for the null of OV.
         most: Rows and columns of a QK table; smaller parts are added up as "rest".
@@ -90,11 +94,15 @@ def head_circuits(
     if data is not None:
         check_data(data, batch_size)
         check_by(model, by)
+        if sources and by != "component":
+            raise OptionError(f'by must be "component" to split heads by what they read; got {by!r}. Leave sources out.')
         rehearse(model, data)
         view, scores = _scores_of(model, data, prompt, chosen, task) if prompt is not None else (None, None)
         kept, skipped = comparable(data)
         data = take(data, kept)
-        tables, gap, unread = matches(model, data, chosen, keys=keys, by=by, batch_size=batch_size, most=most, seed=seed, progress=progress)
+        tables, gap, unread = matches(
+            model, data, chosen, keys=keys, by=by, sources=sources, batch_size=batch_size, most=most, seed=seed, progress=progress
+        )
         if gap > AGREE:
             notes.append(
                 f"The model's scores have terms beside q . k (a soft-cap or a bias of place), up to {gap:.0%} of the largest: tables explain q . k only."

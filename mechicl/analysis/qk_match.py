@@ -16,20 +16,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechicl.analysis.feed import Data, batches, progress_bar
+from mechicl.analysis.head_reading import HeadReading, attention_scale
 from mechicl.analysis.layout import closing_group, count_shots, image_group, label_group, layout, text_group
-from mechicl.analysis.norms import FrozenNorm
-from mechicl.analysis.rotation import Rotation, recover
+from mechicl.analysis.sources import Reads
 from mechicl.analysis.statistics import bootstrap_interval, mean_estimate
 from mechicl.analysis.written import Written, aligned, at, order
-from mechicl.errors import EmptySpanError, UnsupportedModelError
-from mechicl.models.weights import AttentionWeights
+from mechicl.errors import EmptySpanError
 from mechicl.prompts.batch import Batch
 from mechicl.results import Head, QKMatch
 
 Keys = Literal["label", "close", "image", "text"]
 """Where an exemplar's key is: its label, the template's tokens after it, its picture, its text."""
 
-MOST = 40
+MOST = 30
 """Parts that keep a row or column of their own; the smallest are added up as "rest"."""
 
 Z95 = 1.959964
@@ -66,108 +65,6 @@ class Keyed:
         return Keyed(positions, weight / counts.clamp_min(1), counts[..., 0] > 0, where.right & (counts[..., 0] > 0))
 
 
-class HeadReading:
-    """One head's queries and keys as linear functions of the stream at given positions, norms and RoPE held as they were in one run.
-
-    Args:
-        model: A hooked model.
-        head: (layer, head).
-        written: What was kept at the positions, with `points` of this layer among it.
-    """
-
-    def __init__(self, model: Any, head: Head, written: Written) -> None:
-        self.layer, self.head = head
-        self.model, self.written = model, written
-        attn = model.blocks[self.layer].attn
-        self.group = attn.W_Q.shape[0] // attn.W_K.shape[0]
-        kept = {name: written.kept.get(f"blocks.{self.layer}.attn.hook_{name}") for name in ("q", "k", "rot_q", "rot_k")}
-        self.q, self.k = kept["q"], kept["k"]
-        if self.q is None or self.k is None:
-            raise UnsupportedModelError(f"layer {self.layer} must have queries and keys of the sequence; it has none that can be read.")
-        self.rotation: Rotation | None = None
-        if kept["rot_q"] is not None and kept["rot_k"] is not None:
-            exact = model.cfg.dtype in (torch.float32, torch.float64)
-            self.rotation = recover(torch.cat([self.q, self.k], 2), torch.cat([kept["rot_q"], kept["rot_k"]], 2), exact)
-        self.norm = FrozenNorm(
-            getattr(model.blocks[self.layer], "ln1", None), model.cfg.d_model, model.W_U, f"the norm of layer {self.layer}"
-        )
-
-    @staticmethod
-    def points(model: Any, layer: int) -> list[str]:
-        """Hook points that a reading of this layer needs."""
-        return [
-            f"blocks.{layer}.attn.hook_{name}"
-            for name in ("q", "k", "rot_q", "rot_k")
-            if f"blocks.{layer}.attn.hook_{name}" in model.hook_dict
-        ]
-
-    def turned(self, x: Float[Tensor, "batch n part d_head"]) -> Float[Tensor, "batch n part d_head"]:
-        """After RoPE."""
-        return x if self.rotation is None else self.rotation(x)
-
-    def parts(self, kind: Literal["q", "k"]) -> tuple[list[str], Float[Tensor, "batch n part d_head"]]:
-        """What each part of the stream gives to the query (or key) at every position, after RoPE; "biases" has what no stream gives."""
-        attn = self.model.blocks[self.layer].attn
-        index = self.head if kind == "q" else self.head // self.group
-        weight = getattr(attn, f"W_{kind.upper()}").detach().float()
-        factor, shift = self._after(kind, index)
-        scale = self.norm.scale(self.written.stream(self.layer))[:, :, None]
-        names, found = [], []
-        for some, value in self.written.pieces(self.layer):
-            names += some
-            found.append(self.norm.linear(value) / scale @ weight[index] * factor[:, :, None])
-        constant = shift + (0.0 if self.norm.shift is None else self.norm.shift @ weight[index])
-        whole = torch.cat(found, 2)
-        if bool((constant != 0).any()):
-            given = (constant * factor).expand_as(whole[:, :, 0])
-            if "biases" in names:
-                whole[:, :, names.index("biases")] += given
-            else:
-                names, whole = [*names, "biases"], torch.cat([whole, given[:, :, None]], 2)
-        return names, self.turned(whole)
-
-    def whole(self, kind: Literal["q", "k"]) -> Float[Tensor, "batch n d_head"]:
-        """The model's own query (or key), after RoPE."""
-        own = self.q if kind == "q" else self.k
-        assert own is not None
-        index = self.head if kind == "q" else self.head // self.group
-        return self.turned(own[:, :, index, None])[:, :, 0]
-
-    def _after(self, kind: str, index: int) -> tuple[Tensor, Tensor]:
-        """What a norm of queries or keys multiplies each coordinate by [batch, n, d_head] (ones without one), and the projection's bias [d_head]."""
-        attn = self.model.blocks[self.layer].attn
-        own = self.q if kind == "q" else self.k
-        assert own is not None
-        weight = getattr(attn, f"W_{kind.upper()}").detach().float()
-        if not isinstance(attn, AttentionWeights):
-            bias = getattr(attn, f"b_{kind.upper()}", None)
-            return torch.ones_like(own[:, :, 0]), torch.zeros_like(weight[0, 0]) if bias is None else bias.detach().float()[index]
-        bias = getattr(attn, f"b_{kind.upper()}").detach().float()
-        projection = getattr(attn.part, kind)
-        if isinstance(projection.module, torch.nn.Linear):
-            return torch.ones_like(own[:, :, 0]), bias[index]
-        plain = torch.einsum("bnm,hmd->bnhd", self.norm(self.written.stream(self.layer)), weight) + bias
-        own_norm = FrozenHeadNorm(projection.module, plain, self.model.W_U.dtype)
-        return own_norm.factor(plain)[:, :, index], bias[index]
-
-
-class FrozenHeadNorm:
-    """The norm of queries or keys as a factor for each coordinate; over each head's coordinates, or over all heads' together, as its weight says."""
-
-    def __init__(self, norm: Any, plain: Tensor, dtype: torch.dtype) -> None:
-        weight = next(norm.parameters())
-        self.together = weight.numel() == plain.shape[2] * plain.shape[3] != plain.shape[3]
-        self.eps = next((v for name in ("eps", "variance_epsilon", "norm_eps") if isinstance(v := getattr(norm, name, None), float)), 1e-6)
-        with torch.no_grad():
-            self.weight = norm(torch.ones_like(weight)).float() * (1 + self.eps) ** 0.5
-
-    def factor(self, plain: Float[Tensor, "batch n head d_head"]) -> Float[Tensor, "batch n head d_head"]:
-        """Weight over scale."""
-        flat = plain.flatten(2) if self.together else plain
-        out = self.weight / (flat.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
-        return out.unflatten(2, plain.shape[2:]) if self.together else out
-
-
 @dataclass(frozen=True, eq=False)
 class _Vectors:
     """One head over one batch, after RoPE, scaled: query's parts [batch, part, d_head], keys' parts [batch, shot, part, d_head], and the whole ones."""
@@ -186,7 +83,17 @@ class _Vectors:
 
 @torch.no_grad()
 def matches(
-    model: Any, data: Data, heads: Sequence[Head], *, keys: str, by: str, batch_size: int, most: int, seed: int, progress: bool
+    model: Any,
+    data: Data,
+    heads: Sequence[Head],
+    *,
+    keys: str,
+    by: str,
+    sources: bool,
+    batch_size: int,
+    most: int,
+    seed: int,
+    progress: bool,
 ) -> tuple[dict[Head, QKMatch], float, list[Head]]:
     """The table of every head; the largest gap between its scores and those of the model's own attention; heads that may not read some of the keys."""
     layers = sorted({layer for layer, _ in heads})
@@ -204,26 +111,25 @@ def matches(
             )
         written = Written(model, keyed.positions, by=by, layers=max(layers) + 1)
         points = [(name, written.keep) for layer in layers for name in HeadReading.points(model, layer)]
-        with model.hooks(fwd_hooks=[*written.hooks, *points]):
-            rows = model.attention_rows(batch, layers=layers)
+        reads = Reads(model, batch, keyed.positions, max(layers) + 1) if sources else None
+        with model.hooks(fwd_hooks=[*written.hooks, *points, *(reads.hooks if reads is not None else ())]):
+            if reads is None:
+                found_rows = model.attention_rows(batch, layers=layers)
+                rows = {layer: found_rows[layer][:, :, 0] for layer in layers}
+            else:
+                model.attention_rows(batch, keyed.positions, layers=reads.layers, reduce=reads.keep)
+                reads.into(written)
+                rows = reads.rows
         for layer, head in heads:
             one = _vectors(model, (layer, head), written, keyed)
             found[layer, head].append(one)
-            pattern = at(rows[layer][:, head, 0], keyed.positions).cpu()
+            pattern = at(rows[layer][:, head], keyed.positions).cpu()
             gap = max(gap, _against_pattern(pattern, one.tokens, keyed))
             if _masked(pattern, one.tokens, keyed) and (layer, head) not in unread:
                 unread.append((layer, head))
         where.append(keyed)
     right, known = torch.cat([one.right for one in where]), torch.cat([one.known for one in where])
     return {head: _table(head, keys, found[head], right, known, most, seed) for head in heads}, gap, unread
-
-
-def attention_scale(model: Any, layer: int) -> float:
-    """What q . k is multiplied by."""
-    if hasattr(model.cfg, "score_scale"):
-        return float(model.cfg.score_scale)
-    part = model.anatomy.layers[layer]
-    return float(getattr(part.attention, "scaling", part.d_head**-0.5))
 
 
 def _vectors(model: Any, head: Head, written: Written, keyed: Keyed) -> _Vectors:

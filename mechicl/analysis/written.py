@@ -16,12 +16,14 @@ from torch import Tensor
 
 from mechicl.errors import OptionError, UnsupportedModelError
 from mechicl.prompts.batch import Batch
-from mechicl.results import Sender
 
 By = Literal["component", "layer"]
 """Parts: the embeddings, every head and every MLP ("component"), or the embeddings and every sublayer ("layer")."""
 
 HookFn = Callable[..., Any]
+
+KIND_ORDER = {"added": -0.5, "attn": 0.1, "layer": 0.2, "mlp": 0.3}
+"""When a part of a layer is written, heads being at 0.1."""
 
 
 def check_by(model: Any, by: str) -> None:
@@ -70,6 +72,8 @@ class Written:
         self.model, self.positions, self.by = model, positions, by
         self.n_layers = model.cfg.n_layers if layers is None else layers
         self.kept: dict[str, Tensor] = {}
+        self.split: dict[int, tuple[tuple[str, ...], Tensor]] = {}
+        """For layers whose heads are split by what they read: names of the groups, and z [batch, n, head, group, d_head]."""
 
     @property
     def hooks(self) -> list[tuple[str, HookFn]]:
@@ -111,7 +115,15 @@ class Written:
             found: dict[str, Tensor] = {}
             if z is not None:
                 attn = self.model.blocks[k].attn
-                yield [f"{k}.{h}" for h in range(z.shape[2])], torch.einsum("bnhd,hdm->bnhm", z, attn.W_O.detach().float())
+                out, heads = attn.W_O.detach().float(), range(z.shape[2])
+                if k in self.split:
+                    groups, apart = self.split[k]
+                    yield (
+                        [f"{k}.{h} {group}" for h in heads for group in groups],
+                        torch.einsum("bnhgd,hdm->bnhgm", apart, out).flatten(2, 3),
+                    )
+                else:
+                    yield [f"{k}.{h}" for h in heads], torch.einsum("bnhd,hdm->bnhm", z, out)
                 biases = biases + _bias(attn, biases)
             if mid is not None:
                 found |= ({f"attn {k}": mid - before} if z is None else {}) | {f"mlp {k}": after - mid}
@@ -138,26 +150,16 @@ def _bias(attn: Any, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if bias is None else bias.detach().float()
 
 
-def sender_of(name: str) -> Sender | None:
-    """The graph's name of a part; None for what is no sender (biases, a whole layer, pictures added in between)."""
-    if name == "embed":
-        return Sender("embed")
-    if name.startswith("mlp "):
-        return Sender("mlp", int(name[4:]))
-    layer, dot, head = name.partition(".")
-    return Sender("head", int(layer), int(head)) if dot else None
-
-
 def order(names: Sequence[str]) -> list[str]:
     """Names of several batches in the order of execution, each once."""
 
     def when(name: str) -> tuple[float, int]:
         if name in ("embed", "biases"):
             return (-1.0 if name == "embed" else float("inf"), 0)
-        kind, _, number = name.rpartition(" ")
-        if kind:
-            return float(number) + {"added": -0.5, "attn": 0.1, "layer": 0.2, "mlp": 0.3}[kind], 0
-        layer, _, head = name.partition(".")
+        first, _, rest = name.partition(" ")
+        if first in KIND_ORDER:
+            return float(rest) + KIND_ORDER[first], 0
+        layer, _, head = first.partition(".")
         return float(layer) + 0.1, int(head)
 
     return sorted(dict.fromkeys(names), key=when)
