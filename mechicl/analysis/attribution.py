@@ -15,7 +15,8 @@ from mechicl.analysis.differentiable import Measure, measure
 from mechicl.analysis.feed import progress_bar, provenance
 from mechicl.analysis.metrics import Metric
 from mechicl.analysis.patch_cells import By, Patch, Selection
-from mechicl.analysis.patching import Correction, Given
+from mechicl.analysis.patch_job import Given, Job, prepare
+from mechicl.analysis.patching import Correction
 from mechicl.analysis.through_softmax import Softmax
 from mechicl.errors import OptionError
 from mechicl.prompts.align import Align
@@ -97,9 +98,7 @@ def attribute(
         Nanda 2023 (attribution patching); Kramár et al. 2024 (AtP*: queries and keys through the softmax); Sundararajan, Taly and Yan 2017 (integrated gradients); Hanna et al. 2024 (the way from input to input).
     """
     _check(steps, path, softmax, exact, layers_at_once, sites)
-    job = patching._prepare(
-        model, clean, corrupt, sites, by, metric, direction, Selection(layers, heads, spans), align, "resume", batch_size
-    )
+    job = prepare(model, clean, corrupt, sites, by, metric, direction, Selection(layers, heads, spans), align, "resume", batch_size)
     patching._check_statistics(correction, n_permutations)
     raw = {site: np.full((job.n, *plan.shape), np.nan) for site, plan in job.plans.items()}
     ends = {name: np.full(job.n, np.nan) for name in ("clean", "corrupt")}
@@ -146,10 +145,9 @@ def _check(steps: int, path: str, softmax: str, exact: int, layers_at_once: int 
         )
 
 
-def _measure(model: Any, job: Any, rows: Sequence[int]) -> Measure:
+def _measure(model: Any, job: Job, rows: Sequence[int]) -> Measure:
     """The metric of some pairs as a function of logits."""
-    contrast = job.contrast.take(rows)
-    clean = job.clean if len(rows) == job.n else job.clean.select(rows)
+    contrast, clean, _ = job.some(rows)
     logits = None
     if contrast.metric == "kl":
         with torch.no_grad():
@@ -158,7 +156,7 @@ def _measure(model: Any, job: Any, rows: Sequence[int]) -> Measure:
 
 
 def _agreement(
-    job: Any, shares: Mapping[str, np.ndarray], ends: Mapping[str, np.ndarray], exact: int, seed: int, progress: bool
+    job: Job, shares: Mapping[str, np.ndarray], ends: Mapping[str, np.ndarray], exact: int, seed: int, progress: bool
 ) -> Agreement:
     """Some cells, run exactly."""
     patches: list[Patch] = job.patches
@@ -184,7 +182,7 @@ def _agreement(
     )  # fmt: skip
 
 
-def _name(job: Any, patch: Patch) -> str:
+def _name(job: Job, patch: Patch) -> str:
     """ "z 1.3 right label"."""
     where = f" {patch.layer}" if "layer" in job.plans[patch.site].axes else ""
     head = "" if patch.head is None else f".{patch.head}"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mechicl.analysis.metrics import Contrast, Metric, contrast
-from mechicl.analysis.patching import Given, _sides
+from mechicl.analysis.patch_job import Given, _sides
 from mechicl.analysis.statistics import ratio_interval
 from mechicl.errors import OptionError
 from mechicl.prompts.align import Alignment, align

@@ -16,7 +16,8 @@ from mechicl.analysis.edge_exact import edges_exactly
 from mechicl.analysis.edge_gradients import CHUNK_BYTES, START, Run, between_layers, gradients_at, received, sent, two_runs
 from mechicl.analysis.feed import progress_bar, provenance
 from mechicl.analysis.metrics import Metric
-from mechicl.analysis.patching import Given, _gap
+from mechicl.analysis.patch_job import Given
+from mechicl.analysis.patching import _gap
 from mechicl.analysis.through_softmax import Heads, Softmax, edges_through_softmax
 from mechicl.errors import OptionError
 from mechicl.models.edge_graph import EdgeGraph

@@ -73,7 +73,7 @@ def slopes(
         name = str(hook.name)
         x = edits[name](x) if name in edits else x
         if name in watched:
-            seen[name] = x.detach()
+            seen[name] = x.detach().clone()  # a model may write into its stream later
         if name not in wanted:
             return x
         if not x.requires_grad:  # the first hook point on its way: the graph begins here
@@ -104,7 +104,7 @@ def values(
     kept: dict[str, Tensor] = {}
 
     def keep(x: Tensor, *, hook: Any) -> None:
-        kept[str(hook.name)] = x.detach()
+        kept[str(hook.name)] = x.detach().clone()  # a model may write into its stream later
 
     with model.hooks(fwd_hooks=[(name, keep) for name in dict.fromkeys(names)]):
         metric = measure(model(batch, positions=positions).float())
