@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -143,19 +144,46 @@ def choose(
     return Chosen(rows, np.take_along_axis(similarity, rows, 1))
 
 
+def retrieve(
+    model: Any,
+    queries: Sequence[Shot],
+    pool: Sequence[Shot],
+    k: int = 4,
+    by: By = "most similar",
+    *,
+    embeddings: Any = None,
+    text: float = 0.5,
+    seed: int = 0,
+    progress: bool = True,
+) -> Chosen:
+    """k items of the pool for every query, which is never shown itself.
+
+    Args:
+        model: Whose own embeddings tell likeness, where `embeddings` does not.
+        queries, pool: Items.
+        k: How many.
+        by: "most similar", "random" or "least similar".
+        embeddings: An `Embedder`, or (queries, pool), two arrays or two `Embeddings`.
+        text: Weight of the text beside the picture.
+        seed: Decides ties and random items.
+        progress: Show bars.
+
+    Raises:
+        EpisodeError: no items, or items with neither picture nor text.
+        OptionError: an option out of range, or too few items.
+    """
+    given = embeddings if isinstance(embeddings, tuple) else (embeddings if embeddings is not None else model,) * 2
+    one = embed(given[0], queries, what="embedding queries", progress=progress)
+    two = embed(given[1], pool, what="embedding the pool", progress=progress)
+    return choose(similarities(one, two, text=text), k, by, seed=seed, forbidden=same_items(queries, pool))
+
+
 def same_items(queries: Sequence[Shot], pool: Sequence[Shot]) -> Bool[np.ndarray, "query item"]:
-    """Pairs that are one and the same item: the same object, or the same non-empty `item` with the same text and pixels."""
-    same = np.zeros((len(queries), len(pool)), dtype=bool)
-    keys = [(shot.item, shot.text) for shot in pool]
-    for i, query in enumerate(queries):
-        for j, other in enumerate(pool):
-            same[i, j] = query is other or (keys[j] == (query.item, query.text) and _same_pictures(query, other))
-    return same
+    """Pairs that are one and the same item: the same text with the same pixels."""
+    one, two = ([_content(shot) for shot in shots] for shots in (queries, pool))
+    numbers = {key: k for k, key in enumerate(dict.fromkeys([*one, *two]))}
+    return np.array([numbers[key] for key in one])[:, None] == np.array([numbers[key] for key in two], dtype=int)[None, :]
 
 
-def _same_pictures(a: Shot, b: Shot) -> bool:
-    if len(a.images) != len(b.images):
-        return False
-    return all(
-        x is y or (x.size == y.size and x.mode == y.mode and x.tobytes() == y.tobytes()) for x, y in zip(a.images, b.images, strict=True)
-    )
+def _content(shot: Shot) -> tuple[object, ...]:
+    return shot.text, *((image.size, image.mode, hashlib.sha256(image.tobytes()).digest()) for image in shot.images)
