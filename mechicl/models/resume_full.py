@@ -12,7 +12,7 @@ from mechicl.models.resume_run import Edit, row_edit
 from mechicl.prompts.batch import Batch
 
 if TYPE_CHECKING:
-    from mechicl.models.resume import Cell, Recorded
+    from mechicl.models.resume_cells import Cell, Recorded
 
 
 def run_in_full(recorded: Recorded, cells: Sequence[Cell], edits: Mapping[str, list[tuple[int, int, Edit]]]) -> Tensor:

@@ -203,6 +203,8 @@ class VLMRunner(Runner):
         if len(places) > 1:  # a mask: attention lays the copies beside each other and needs it once
             return x
         for axis, role in enumerate(roles):
+            if x.shape[axis] == 1 < len(self.positions):  # shared by the prompts
+                continue
             if role == "batch" and x.shape[axis] == len(self.positions):
                 x = per_row(x, self._job.copies, axis)
             elif role == "batch":  # several entries per prompt, as of pictures

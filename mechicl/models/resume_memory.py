@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from mechicl.models.resume import Recorded
+    from mechicl.models.resume_cells import Recorded
 
 CPU_TOKENS = 2048
 """Tokens of a pass on a CPU: enough to keep its matrix multiplications busy; more would only push the activations out of the caches."""

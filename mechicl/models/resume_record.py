@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from mechicl.models import streams
 from mechicl.models.anatomy import first_tensor, stream_input
 from mechicl.models.attention import AttentionCall, fused
-from mechicl.models.check import tolerance
 from mechicl.models.resume_attention import KeysValues
+from mechicl.models.resume_check import ERRORS, full_note, judge
 from mechicl.models.resume_hf import Called, VLMRunner, arguments
-from mechicl.models.resume_run import Pass, Runner
-
-ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
+from mechicl.models.resume_run import Runner
 
 
 @dataclass(eq=False)
@@ -45,19 +43,7 @@ class _Run:
     again: bool = False
 
 
-@dataclass
-class _Verdict:
-    """What a model can do, found on its first run of a kind."""
-
-    resumes: bool = True
-    prefix: bool = True
-    trim: bool = True
-    not_inside: frozenset[int] = frozenset()
-    notes: tuple[str, ...] = ()
-
-
 _ROLES: WeakKeyDictionary[nn.Module, dict[str, tuple[str, ...]]] = WeakKeyDictionary()
-_VERDICTS: WeakKeyDictionary[nn.Module, dict[Any, _Verdict]] = WeakKeyDictionary()
 
 
 def record_vlm(model: Any, inputs: Mapping[str, Any], positions: Tensor, hooks: Sequence[Any]) -> Found:
@@ -91,7 +77,7 @@ def record_vlm(model: Any, inputs: Mapping[str, Any], positions: Tensor, hooks: 
         why = reason
     if why:
         plain = Runner(model, pre, positions, additions, logits)
-        return Found(logits, plain, pre, mids, [0] * n_pos, "full", [_full_note(model, why)])
+        return Found(logits, plain, pre, mids, [0] * n_pos, "full", [full_note(model, why)])
     return _judged(model, inputs, run, pre, mids, additions, positions, logits)
 
 
@@ -110,11 +96,7 @@ def _judged(
     runner = VLMRunner(model, calls, roles, past, pre, positions, additions, logits)
     starts = _starts(model, inputs, run, calls)
     runner.triangular = starts == list(range(n_pos))
-    kind = _kind(calls, n)
-    verdicts = _VERDICTS.setdefault(model, {})
-    if kind not in verdicts:
-        verdicts[kind] = _check(model, runner, starts)
-    verdict = verdicts[kind]
+    verdict = judge(model, runner, starts)
     if not verdict.resumes:
         return Found(logits, runner, pre, mids, [0] * n_pos, "full", list(verdict.notes))
     runner.trim, runner.not_inside = verdict.trim, set(verdict.not_inside)
@@ -238,14 +220,6 @@ def _grown(inputs: Mapping[str, Any], n: int, n_pos: int, more: int) -> dict[str
     return out
 
 
-def _kind(calls: Sequence[Called | None], n: int) -> Any:
-    """What decides whether one run is like another: which layers ran, with which arguments, shared or not."""
-    found = []
-    for called in calls:
-        found.append(None if called is None else tuple((path, tuple(s == 1 for s in x.shape), x.dtype) for path, x in arguments(called)))
-    return n == 1, tuple(found)
-
-
 def _starts(model: Any, inputs: Mapping[str, Any], run: _Run, calls: Sequence[Called | None]) -> list[int]:
     """For every position the nearest one at or before it from which a run may start: no earlier real position reads anything from there on."""
     n_pos = inputs["input_ids"].shape[1]
@@ -275,53 +249,3 @@ def _starts(model: Any, inputs: Mapping[str, Any], run: _Run, calls: Sequence[Ca
         at = position if position and bool(safe[position]) else at
         starts.append(at)
     return starts
-
-
-def _check(model: Any, runner: VLMRunner, starts: Sequence[int]) -> _Verdict:
-    """Resume the recorded run without any edit, in each way it will be used, and compare with what was recorded."""
-    limit = tolerance(model.hf.dtype)
-    n_pos, last = len(starts), starts[-1]
-    verdict = _Verdict()
-
-    def off(start: int) -> str:
-        stream = runner.pre[0][:, start:].repeat_interleave(2, 0)
-        try:
-            with torch.no_grad(), model.hooks_off():
-                logits = runner.run(Pass(0, "pre", start, stream, 2))
-        except ERRORS as error:
-            return f"{type(error).__name__} when its layers are called by themselves"
-        want = runner.recorded_logits.repeat_interleave(2, 0)
-        gap = float((logits.float() - want.float()).abs().max()) / (float(want.float().std()) or 1.0)
-        return "" if gap <= limit else f"logits differ by {gap:.2g} of their spread"
-
-    if reason := off(0):
-        runner.trim = verdict.trim = False
-        if reason := off(0):
-            return _Verdict(resumes=False, notes=(_full_note(model, reason),))
-    for start in {last, starts[n_pos // 2], starts[max(0, n_pos - 30)]} - {0}:
-        if verdict.prefix and (reason := off(start)):
-            verdict.prefix = False
-            verdict.notes += (f"keys and values of earlier positions are not reused on {model.cfg.model_type}: {reason}.",)
-    verdict.not_inside = frozenset(layer for layer in range(runner.n_layers) if not _inside(model, runner, layer, limit))
-    return verdict
-
-
-@torch.no_grad()
-def _inside(model: Any, runner: VLMRunner, layer: int, limit: float) -> bool:
-    """Whether a layer entered at its heads' outputs gives what it gave."""
-    part = model.anatomy.layers[layer]
-    if not runner.enters_inside(layer) or part.o_proj is None or f"blocks.{layer}.attn.hook_z" not in model.hook_dict:
-        return False
-    extra = runner.additions[layer + 1]
-    want = runner.pre[layer + 1] if extra is None else runner.pre[layer + 1] - extra
-    try:
-        job = Pass(layer, "z", 0, runner.z(layer), 1)
-        with runner.connected(job):
-            given = runner.rest(layer, job.stream, job)
-    except ERRORS:
-        return False
-    return float((given.float() - want.float()).abs().max()) <= limit * (float(want.float().std()) or 1.0)
-
-
-def _full_note(model: Any, reason: str) -> str:
-    return f"{model.cfg.model_type} cannot be resumed ({reason}): every cell is a full run."
