@@ -106,17 +106,23 @@ class Contrast:
             reference = clean_logits()[:, 0].float().log_softmax(-1)
             return lambda logits: _checked((reference.exp() * (reference - logits[:, 0].float().log_softmax(-1))).sum(-1))
         if self.metric == "logit_diff":
-            return self._difference
+            return self._difference()
         function: Any = self.metric
         both = _takes_batch(function)
         return lambda logits: _own(function(logits[:, 0], clean) if both else function(logits[:, 0]), clean.n)
 
-    def _difference(self, logits: Tensor) -> np.ndarray:
-        first = torch.tensor([ids[0] for ids in self.answers], device=logits.device)
-        rows = torch.arange(len(first), device=logits.device)
-        last = logits[:, 0].float()
-        against = torch.stack([last[i, [ids[0] for ids in foils]].mean() for i, foils in enumerate(self.foils)])
-        return _checked(last[rows, first] - against)
+    def _difference(self) -> Callable[[Tensor], np.ndarray]:
+        first = torch.tensor([ids[0] for ids in self.answers])[:, None]
+        width = max(len(foils) for foils in self.foils)
+        against = torch.tensor([[foils[k % len(foils)][0] for k in range(width)] for foils in self.foils])
+        weight = torch.tensor([[(k < len(foils)) / len(foils) for k in range(width)] for foils in self.foils])
+
+        def read(logits: Tensor) -> np.ndarray:
+            last = logits[:, 0].float()
+            wrong = (last.gather(1, against.to(last.device)) * weight.to(last.device)).sum(1)
+            return _checked(last.gather(1, first.to(last.device))[:, 0] - wrong)
+
+        return read
 
 
 @dataclass(eq=False)

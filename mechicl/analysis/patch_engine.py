@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mechicl.analysis.patch_cells import Edit, hook_name, keep, run_naive
+from mechicl.analysis.patch_cells import hook_name
+from mechicl.analysis.patch_edits import Edit, keep, run_naive
 from mechicl.models.resume import Cell, Recorded, record, run_cells
 from mechicl.prompts.batch import Batch
 

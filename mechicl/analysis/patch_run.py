@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mechicl.analysis.metrics import Contrast
-from mechicl.analysis.patch_cells import EVERYTHING, STATES, Chunk, Patch, hook_name, keep
+from mechicl.analysis.patch_cells import EVERYTHING, STATES, Chunk, Patch, hook_name
+from mechicl.analysis.patch_edits import keep
 from mechicl.analysis.patch_engine import Base, Engine, additions, make_base, stack_hooks
 from mechicl.errors import EpisodeError, UnsupportedModelError
 from mechicl.prompts.align import Align, By, align, span_groups

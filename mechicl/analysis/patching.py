@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from mechicl.analysis.feed import progress_bar, provenance
-from mechicl.analysis.metrics import Contrast, Metric, contrast
-from mechicl.analysis.patch_cells import ALIGNABLE, HEADS, By, Patch, Selection, SitePlan, plan
+from mechicl.analysis.metrics import Metric
+from mechicl.analysis.patch_cells import By, Selection, SitePlan
 from mechicl.analysis.patch_engine import Engine
-from mechicl.analysis.patch_run import Recorded, Sweep, added_layers, record, run_ends
-from mechicl.analysis.patch_store import Store, fingerprint, weights
+from mechicl.analysis.patch_job import CELLS_AT_ONCE, Given, Job, prepare
+from mechicl.analysis.patch_run import Recorded
+from mechicl.analysis.patch_store import Store
 from mechicl.analysis.statistics import benjamini_hochberg, bootstrap_interval, holm, ratio_interval, sign_flip_p
 from mechicl.errors import EpisodeError, OptionError
-from mechicl.prompts.align import Align, span_groups
+from mechicl.prompts.align import Align
 from mechicl.prompts.batch import Batch
-from mechicl.prompts.corrupt import Pairs
 from mechicl.prompts.episode import Episode
-from mechicl.results import Head, Skipped
+from mechicl.results import Head
 from mechicl.results.patching import Direction, PatchCost, PatchEffects, SiteEffects
 
 Correction = Literal["holm", "fdr_bh"]
-Given = Pairs | Batch | Sequence[Episode]
-CELLS_AT_ONCE = 32
-"""Cells between two writes to disk, at most."""
 
 
 def patch(
@@ -95,7 +90,7 @@ def patch(
         UnsupportedModelError: the family has no such site; says why.
         CheckpointError, OutputPathError: `out` holds another sweep, or cannot be written.
     """
-    job = _prepare(model, clean, corrupt, sites, by, metric, direction, Selection(layers, heads, spans), align, engine, batch_size)
+    job = prepare(model, clean, corrupt, sites, by, metric, direction, Selection(layers, heads, spans), align, engine, batch_size)
     _check_statistics(correction, n_permutations)
     store = None if out is None else Store(out, job.asked())
     raw = _run(job, store, progress)
@@ -135,154 +130,8 @@ def cost(
 
     Arguments, errors: as in `patch`.
     """
-    job = _prepare(model, clean, corrupt, sites, by, metric, direction, Selection(layers, heads, spans), align, engine, batch_size)
+    job = prepare(model, clean, corrupt, sites, by, metric, direction, Selection(layers, heads, spans), align, engine, batch_size)
     return job.cost()[0]
-
-
-@dataclass(eq=False)
-class _Job:
-    """A sweep, ready to run."""
-
-    sweep: Sweep
-    contrast: Contrast
-    clean: Batch
-    corrupt: Batch
-    plans: Mapping[str, SitePlan]
-    how: str
-    skipped: tuple[Skipped, ...]
-    notes: list[str]
-
-    @property
-    def n(self) -> int:
-        """Pairs."""
-        return self.clean.n
-
-    @property
-    def patches(self) -> list[Patch]:
-        """Every cell."""
-        return [patch for site in self.plans.values() for patch in site.patches]
-
-    def parts(self) -> list[list[int]]:
-        """Rows of the pairs that are recorded together."""
-        size = max(1, self.sweep.batch_size // self.contrast.blocks)
-        count = max(1, -(-self.n // size))
-        return [list(range(k * self.n // count, (k + 1) * self.n // count)) for k in range(count)]
-
-    def some(self, rows: Sequence[int]) -> tuple[Contrast, Batch, Batch]:
-        """Some of the pairs."""
-        if len(rows) == self.n:
-            return self.contrast, self.clean, self.corrupt
-        return self.contrast.take(rows), self.clean.select(rows), self.corrupt.select(rows)
-
-    def record(self, rows: Sequence[int]) -> Recorded:
-        """Both runs of some pairs."""
-        return record(self.sweep, *self.some(rows), self.patches)
-
-    def ends(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """The metric of the clean and of the corrupt run of some pairs."""
-        return run_ends(self.sweep, *self.some(rows))
-
-    def groups(self) -> Iterator[tuple[str, list[Patch]]]:
-        """Cells that are run together: one site, one layer."""
-        for name, site in self.plans.items():
-            layers = dict.fromkeys(patch.layer for patch in site.patches)
-            for layer in layers:
-                some = [patch for patch in site.patches if patch.layer == layer]
-                for start in range(0, len(some), CELLS_AT_ONCE):
-                    yield name, some[start : start + CELLS_AT_ONCE]
-
-    def asked(self) -> dict[str, Any]:
-        """What decides the numbers, for the folder."""
-        s = self.sweep
-        return {
-            "model": {k: str(v) for k, v in s.model.describe().items() if k in ("model", "revision", "dtype")}, "weights": weights(s.model),
-            "pairs": fingerprint(self.clean, self.corrupt), "n": self.n, "metric": self.contrast.name, "direction": s.direction, "by": s.by, "align": s.align,
-            "sites": {name: {"axes": list(p.axes), "coords": {k: list(v) for k, v in p.coords.items()}, "cells": len(p.patches)} for name, p in self.plans.items()},
-        }  # fmt: skip
-
-    def cost(self) -> tuple[PatchCost, float]:
-        """The preview, and the seconds that it took itself."""
-        begun = time.perf_counter()
-        parts = self.parts()
-        recorded = self.record(parts[0])
-        recording = time.perf_counter() - begun
-        seconds: dict[str, float] = {}
-        total = recording * len(parts)
-        forwards = 2 * len(parts)
-        for name, site in self.plans.items():
-            some = [group for other, group in self.groups() if other == name]
-            middle = some[len(some) // 2][: 4 if self.sweep.engine == "naive" else CELLS_AT_ONCE]
-            start = time.perf_counter()
-            recorded.run(middle)
-            seconds[name] = (time.perf_counter() - start) / len(middle)
-            total += seconds[name] * len(site.patches) * len(parts)
-            forwards += len(site.patches) * len(parts)
-        return PatchCost(len(self.patches), forwards, total, recorded.gigabytes, seconds, self.n), time.perf_counter() - begun
-
-
-def _prepare(
-    model: Any, clean: Given, corrupt: Any, sites: Sequence[str] | str, by: By, metric: Metric, direction: Direction, selection: Selection, align: Align | None,
-    engine: Engine, batch_size: int,
-) -> _Job:  # fmt: skip
-    if direction not in get_args(Direction):
-        raise OptionError(f"direction must be one of {', '.join(get_args(Direction))}; got {direction!r}. denoise asks what suffices.")
-    if engine not in get_args(Engine):
-        raise OptionError(f"engine must be one of {', '.join(get_args(Engine))}; got {engine!r}. resume is the fast one.")
-    if batch_size < 1:
-        raise OptionError(f"batch_size must be at least 1; got {batch_size}. Choose how many prompts go through the model at once.")
-    sites = (sites,) if isinstance(sites, str) else tuple(sites)
-    first, second, how, skipped = _sides(model, clean, corrupt)
-    measured, rows, unscored, notes = contrast(metric, first, second)
-    if len(rows) < first.n:
-        first, second = first.select(rows), second.select(rows)
-    if align is not None and (fixed := [site for site in sites if site not in ALIGNABLE]):
-        raise OptionError(
-            f"align must be None for {', '.join(fixed)}; got {align!r}. Only {', '.join(ALIGNABLE)} can be fitted to another length."
-        )
-    if by == "pos":
-        _one_layout(first)
-    names = list(span_groups(first, "shot" if by == "shot" else "span"))
-    plans, reasons = plan(model, sites, by, names, first.n_pos, selection)
-    if added_layers(model) and any(site in plans for site in ("resid_pre", "resid_mid", "resid_post", "embed", "image_features")):
-        reasons.append(
-            "The picture is added to the stream in several layers (DeepStack): patches of the stream take its later additions along."
-        )
-    return _Job(
-        Sweep(model, direction, by, align, engine, batch_size),
-        measured,
-        first,
-        second,
-        plans,
-        how,
-        (*skipped, *unscored),
-        [*notes, *reasons],
-    )
-
-
-def _sides(model: Any, clean: Given, corrupt: Any) -> tuple[Batch, Batch, str, tuple[Skipped, ...]]:
-    """Clean and corrupt prompts, how they were made, and what was left out."""
-    if isinstance(clean, Pairs):
-        if corrupt is not None:
-            raise OptionError("corrupt must not be given beside Pairs; got both. Pairs hold both sides.")
-        return clean.clean, clean.corrupt, clean.how, clean.skipped
-    if corrupt is None:
-        raise OptionError("corrupt must be given; got None. Make pairs with prompts.corrupt.minimal_pairs, or pass both batches.")
-    sides = [side if isinstance(side, Batch) else model.render(side) for side in (clean, corrupt)]
-    if sides[0].n != sides[1].n:
-        raise EpisodeError(
-            f"clean and corrupt must be paired, prompt by prompt; got {sides[0].n} and {sides[1].n} prompts. Make pairs with minimal_pairs."
-        )
-    return sides[0], sides[1], "given", ()
-
-
-def _one_layout(batch: Batch) -> None:
-    first = [(s.role, s.start, s.stop, s.shot) for s in batch.spans[0]]
-    for i, row in enumerate(batch.spans):
-        if [(s.role, s.start, s.stop, s.shot) for s in row] != first:
-            raise EpisodeError(
-                f"prompts must all be laid out alike for by='pos'; episode {batch.ids[i] if batch.ids else i} is not like the first. Use by='span', or draw labels "
-                "and pictures of one size."
-            )
 
 
 def _check_statistics(correction: str, n_permutations: int) -> None:
@@ -292,7 +141,7 @@ def _check_statistics(correction: str, n_permutations: int) -> None:
         raise OptionError(f"n_permutations must be at least 1; got {n_permutations}. 10000 resolves p to 0.0001.")
 
 
-def _run(job: _Job, store: Store | None, progress: bool) -> dict[str, np.ndarray]:
+def _run(job: Job, store: Store | None, progress: bool) -> dict[str, np.ndarray]:
     """The metric of every cell, site -> [batch, *axes], and of both runs under "clean" and "corrupt", [batch, 1]."""
     raw = {name: np.full((job.n, *site.shape), np.nan) for name, site in job.plans.items()} | {
         e: np.full((job.n, 1), np.nan) for e in ("clean", "corrupt")
@@ -328,7 +177,7 @@ def _run(job: _Job, store: Store | None, progress: bool) -> dict[str, np.ndarray
     return raw
 
 
-def _begin(job: _Job, rows: Sequence[int], raw: Mapping[str, np.ndarray], store: Store | None) -> Recorded:
+def _begin(job: Job, rows: Sequence[int], raw: Mapping[str, np.ndarray], store: Store | None) -> Recorded:
     recorded = job.record(rows)
     if np.isnan(raw["clean"][rows]).any():
         _keep_ends((recorded.clean, recorded.corrupt), rows, raw, store)
@@ -404,6 +253,3 @@ def _correct(
             f"With {n} pairs and {n_permutations} permutations no p is below {least:.2g}, so none of {count} cells can be significant after Holm."
         ]
     return out, []
-
-
-__all__ = ["HEADS", "cost", "patch"]

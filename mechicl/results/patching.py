@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from mechicl.errors import OptionError
 from mechicl.results.base import Estimate, Provenance, Skipped
 
 Direction = Literal["denoise", "noise"]
@@ -50,17 +51,17 @@ class SiteEffects:
         """The value of the cell with these labels, e.g. effects["z"].at(layer=0, head=2).
 
         Raises:
-            KeyError: an axis or a label that is not there.
+            OptionError: an axis or a label that is not there.
         """
         return float(self.value[self.index(**labels)])
 
     def index(self, **labels: Any) -> tuple[int, ...]:
-        """Place of a cell in the arrays."""
+        """Place of a cell in the arrays; errors as in `at`."""
         if set(labels) != set(self.axes):
-            raise KeyError(f"labels must name the axes {self.axes}; got {tuple(labels)}. Give one label for each.")
+            raise OptionError(f"labels must name the axes {self.axes}; got {tuple(labels)}. Give one label for each.")
         for axis, label in labels.items():
             if label not in self.coords[axis]:
-                raise KeyError(f"{axis} must be one of {self.coords[axis]}; got {label!r}. Pick one of them.")
+                raise OptionError(f"{axis} must be one of {self.coords[axis]}; got {label!r}. Pick one of them.")
         return tuple(self.coords[axis].index(labels[axis]) for axis in self.axes)
 
 
