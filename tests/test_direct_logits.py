@@ -15,7 +15,9 @@ from mechicl.errors import EpisodeError, OptionError, UnsupportedModelError
 from mechicl.models.planted import planted_induction, untrained
 from mechicl.models.toy import ToyTransformer, toy_config
 from mechicl.models.toy_prompts import ToyRenderer, toy_batch, toy_episodes
+from mechicl.models.vlm import HookedVLM
 from mechicl.prompts.batch import Batch
+from mechicl.training.organisms import build
 
 QUIET: dict[str, Any] = {"progress": False}
 
@@ -193,3 +195,12 @@ def test_nothing_is_left_on_the_model_and_the_table_has_every_number() -> None:
     frame = result.to_frame()
     assert len(frame) == result.value.size
     assert set(frame["n"]) == {2}
+
+
+def test_in_half_precision_the_residue_is_the_models_own_rounding() -> None:
+    hf, processor = build("qwen2_5_vl", preset="tiny", seed=2)
+    model = HookedVLM(hf.to(torch.bfloat16), processor)
+    half, full = (direct_logits(one, episodes(3), control=False, **QUIET) for one in (model, hooked("qwen2_5_vl")))
+    size = np.abs(full.per_episode).sum(1).max()
+    assert 0 < half.residue < 0.02 * size
+    np.testing.assert_allclose(half.value, full.value, atol=0.05 * size)  # bfloat16 keeps eight bits

@@ -13,7 +13,7 @@ from mechicl.analysis.kinds import KINDS, kind_masks
 from mechicl.prompts.batch import Batch
 from mechicl.prompts.spans import QUERY, Span
 
-GROUPS = ("own item", "own turn", "own label", "others", "rest")
+GROUPS = ("own item", "own turn", "own label", "others", "elsewhere")
 """What a token of an exemplar (or of the query) may read: its exemplar's picture or text; what stands between that and the label (the question, the template's tokens);
 the label and the template's tokens after it; all of these of other exemplars; anything else."""
 
@@ -78,7 +78,7 @@ def group_masks(batch: Batch, positions: Int[Tensor, "batch n"]) -> Bool[Tensor,
 
 
 def _group(span: Span, turn: int | None, closing: int | None) -> tuple[int, int]:
-    """Number of a span's group (1 item, 2 turn, 3 label, 4 rest, 0 nothing) and the exemplar it belongs to."""
+    """Number of a span's group (1 item, 2 turn, 3 label, 4 elsewhere, 0 nothing) and the exemplar it belongs to."""
     if span.role in ("pad", "answer"):
         return 0, -9
     if span.role in ("image", "text") and span.shot >= QUERY:
