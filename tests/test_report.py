@@ -21,7 +21,7 @@ import views_samples_causal as causal
 
 from mechicl.errors import OutputPathError
 from mechicl.results import HeadSet, Study
-from mechicl.views import story
+from mechicl.views import story, trace_story
 from mechicl.views.report import LIMIT_BYTES, ReportContent, check_writable, render_report, write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -286,13 +286,13 @@ def test_the_way_of_the_answer_and_its_circuit_are_told_from_the_numbers(page: P
 
 def test_a_weak_circuit_is_not_called_the_circuit() -> None:
     good, weak = causal.circuit(), causal.circuit(faithful=0.4)
-    assert story.carries(good)
-    assert not story.carries(weak)
-    assert story.circuit_sentence(weak).endswith("This is not enough to call them the circuit.")
-    assert not story.carries(replace(good, random_high=0.9))  # random circuits do as well
-    assert "which flatters them" in story.circuit_sentence(causal.circuit(held_out=False))
+    assert trace_story.carries(good)
+    assert not trace_story.carries(weak)
+    assert trace_story.circuit_sentence(weak).endswith("This is not enough to call them the circuit.")
+    assert not trace_story.carries(replace(good, random_high=0.9))  # random circuits do as well
+    assert "which flatters them" in trace_story.circuit_sentence(causal.circuit(held_out=False))
     other = replace(good, completeness=causal.share(0.5))
-    assert "part of the work is done elsewhere too" in story.circuit_sentence(other)
+    assert "part of the work is done elsewhere too" in trace_story.circuit_sentence(other)
 
 
 def test_where_nothing_could_be_traced_the_page_says_why() -> None:
@@ -315,9 +315,11 @@ def test_where_nothing_could_be_traced_the_page_says_why() -> None:
 
 def test_a_way_that_nothing_shows_is_not_made_up() -> None:
     flat = causal.site("resid_pre", ("layer", "span"), {"layer": (0, 1), "span": causal.SPANS}, {})
-    assert "No single part of the prompt carries" in story.route_sentence(replace(causal.patched(), sites={"resid_pre": flat}))
-    assert story.route_sentence(replace(causal.patched(), sites={"z": causal.by_head()})) == ""
-    noise = story.route(causal.patched("noise"))
+    assert "No cell of resid pre passes its corrected test on 24 pairs" in trace_story.route_sentence(
+        replace(causal.patched(), sites={"resid_pre": flat})
+    )
+    assert trace_story.route_sentence(replace(causal.patched(), sites={"z": causal.by_head()})) == ""
+    noise = trace_story.route(causal.patched("noise"))
     assert noise[0][1][0][0] == "right label"  # what it costs counts, not what is left
     assert noise[0][1][0][1] == pytest.approx(0.93)
 

@@ -17,7 +17,7 @@ from mechicl.models.planted import Planted, planted_induction, untrained
 from mechicl.models.toy_prompts import ToyRenderer, ToyVocabulary, toy_episodes
 from mechicl.prompts.episode import Episode
 from mechicl.results import Trace
-from mechicl.views import story
+from mechicl.views import trace_story
 
 RENDERER = ToyRenderer(ToyVocabulary(10, 20))
 QUIET: dict[str, Any] = {"progress": False, "exact": 4, "n_random": 20}
@@ -40,11 +40,11 @@ def trace(planted: Planted, episodes: list[Episode]) -> Trace:
 
 def test_the_way_of_the_answer_is_found(trace: Trace) -> None:
     assert trace.patching is not None
-    legs = story.route(trace.patching)
+    legs = trace_story.route(trace.patching)
     spans = [{span for span, _ in parts} for _, parts in legs]
     assert {"right text", "wrong text"} & spans[0]  # the exemplars' items were exchanged, and layer 0 still finds the answer there
     assert {"right label", "wrong label"} & spans[-1]  # the previous-token head has written them into the labels' stream
-    assert "layer" in story.route_sentence(trace.patching)
+    assert "layer" in trace_story.route_sentence(trace.patching)
 
 
 def test_the_planted_heads_are_the_heads_that_move_the_answer(trace: Trace, planted: Planted) -> None:
@@ -52,7 +52,7 @@ def test_the_planted_heads_are_the_heads_that_move_the_answer(trace: Trace, plan
     z = trace.patching["z"]
     moved = {tuple(int(i) for i in cell) for cell in np.argwhere((z.p_corrected < 0.05) & (np.abs(z.value) > 0.05))}
     assert moved == set(planted.circuit)
-    sentence = story.heads_sentence(trace.patching)
+    sentence = trace_story.heads_sentence(trace.patching)
     assert all(f"{layer}.{head} (" in sentence for layer, head in planted.circuit)
 
 
@@ -63,7 +63,7 @@ def test_the_circuit_is_made_of_the_planted_heads_and_does_the_work_on_other_pai
     assert (trace.n_find, trace.n_prove) == (12, 14)
     heads = {(n.layer, n.head) for n in trace.circuit.nodes if n.kind == "head"}
     assert heads == set(planted.circuit)
-    assert story.carries(trace.circuit)
+    assert trace_story.carries(trace.circuit)
     assert trace.circuit.random_high < trace.circuit.faithfulness.low
     assert trace.curve is not None
     assert trace.curve.circuit is trace.circuit

@@ -154,7 +154,7 @@ def circuit(
     from mechicl.analysis.tracing import CircuitPlan, circuit_cost, search_circuit
     from mechicl.prompts.corrupt import minimal_pairs
     from mechicl.results import Trace
-    from mechicl.views.story import circuit_sentence, trace_notes
+    from mechicl.views.trace_story import circuit_sentence, trace_notes
 
     find, prove = (minimal_pairs(loaded, half, pairs, seed=seed) for half in (few[::2], few[1::2]))  # type: ignore[arg-type]
     plan = CircuitPlan(method, search, level, target, exact, random, metric)  # type: ignore[arg-type]
@@ -258,7 +258,7 @@ def _write_effects(folder: Path, results: list[Any], command: str) -> None:
     """effects.csv with every cell, effects.html with the figures."""
     import pandas as pd
 
-    from mechicl.views import captions, story
+    from mechicl.views import captions, trace_story
     from mechicl.views.page import PageContent, block, write_page
     from mechicl.views.plots import plot
 
@@ -267,7 +267,7 @@ def _write_effects(folder: Path, results: list[Any], command: str) -> None:
         folder / "effects.csv", pd.concat([r.to_frame() for r in results], ignore_index=True).to_csv(index=False, lineterminator="\n")
     )
     blocks = tuple(block(f"patching-{k}", "", plot(r), captions.about_patching(r), r.to_frame()) for k, r in enumerate(results))
-    told = [sentence(r) for r in results for sentence in (story.route_sentence, story.heads_sentence)]
+    told = [sentence(r) for r in results for sentence in (trace_story.route_sentence, trace_story.heads_sentence)]
     first = results[0]
     title = f"Which activations carry the answer of {first.provenance.model} on {first.provenance.task}"
     notes = tuple(dict.fromkeys(note for r in results for note in r.notes))
@@ -277,7 +277,7 @@ def _write_effects(folder: Path, results: list[Any], command: str) -> None:
 
 def _write_circuit(folder: Path, trace: Any, command: str) -> None:
     """circuit.csv, curve.csv, edges.csv, and circuit.html with the figures."""
-    from mechicl.views import story
+    from mechicl.views import trace_story
     from mechicl.views.page import PageContent, write_page
     from mechicl.views.traces import circuit_blocks
 
@@ -288,10 +288,10 @@ def _write_circuit(folder: Path, trace: Any, command: str) -> None:
     p = trace.circuit.provenance
     content = PageContent(
         f"The circuit of {p.model} on {p.task}",
-        (story.circuit_sentence(trace.circuit),),
+        (trace_story.circuit_sentence(trace.circuit),),
         tuple(circuit_blocks(trace)),
         p,
         command,
-        tuple(story.trace_notes(trace)),
+        tuple(trace_story.trace_notes(trace)),
     )
     typer.echo(f"Written to {write_page(folder / 'circuit.html', content)}.", err=True)

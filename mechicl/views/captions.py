@@ -19,10 +19,12 @@ from mechicl.results import (
     RoleAttention,
     Score,
     Series,
+    SiteEffects,
     Study,
 )
 from mechicl.views.grids import ALPHA, metric_words, name, significant
-from mechicl.views.story import PAIRS, against_random, circuit_sentence, heads_in_words, points, sentence
+from mechicl.views.story import against_random, heads_in_words, points, sentence
+from mechicl.views.trace_story import PAIRS, circuit_sentence
 
 
 @dataclass(frozen=True)
@@ -134,12 +136,29 @@ def about_patching(effects: PatchEffects) -> Words:
     asks = "whether it suffices" if effects.direction == "denoise" else "whether it is needed"
     return Words(
         f"Two prompts that differ in one thing: {PAIRS.get(effects.pairs, effects.pairs.replace('_', ' '))}. In each cell {way}, which asks {asks}. 0: the run stays as it was corrupt, "
-        "1: it answers as in the clean run. Left: the residual stream where a layer begins, span by span; right: one head's output at all tokens.",
+        f"1: it answers as in the clean run. Shown: {'; '.join(_site_words(name, site) for name, site in effects.sites.items())}.",
         "Cells overlap and do not add up to one. A head with a redundant twin moves little. Spans of the same prompt can hold the same thing twice: what suffices need not be "
         "the only copy. Only what differs between the two prompts can be seen.",
         f"n = {effects.n} pairs, {metric_words(effects.metric)}, 95 % intervals over pairs (on hover, in the CSV); {cells} cells pass (sign flips, "
         f"{'Holm' if effects.correction == 'holm' else 'FDR'}, limit {ALPHA}); {len(effects.skipped)} prompts without a partner.{_idle(effects)}",
     )
+
+
+SITES = {
+    "resid_pre": "the residual stream where a layer begins", "resid_mid": "the residual stream after attention", "resid_post": "the residual stream where a layer ends",
+    "attn_out": "what attention adds", "mlp_out": "what an MLP adds", "z": "a head's output", "q": "a head's queries", "k": "the keys of a key/value head",
+    "v": "the values of a key/value head", "pattern": "a head's attention", "embed": "the embeddings", "image_features": "the pictures as they enter the sequence",
+    "vision": "a layer of the vision tower",
+}  # fmt: skip
+"""Site -> what is exchanged there."""
+
+
+def _site_words(name: str, site: SiteEffects) -> str:
+    last = site.axes[-1] if site.axes else ""
+    where = {"span": "span by span", "pos": "position by position", "head": "at all tokens", "shot": "example by example"}.get(
+        last, "at all tokens"
+    )
+    return f"{name.replace('_', ' ')}, {SITES.get(name, 'an activation')}, {where}"
 
 
 def _idle(effects: PatchEffects) -> str:

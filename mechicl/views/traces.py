@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mechicl.results import Trace
-from mechicl.views import captions, story
+from mechicl.views import captions, trace_story
 from mechicl.views.page import Block, block
 from mechicl.views.plots import plot
 
@@ -15,15 +15,15 @@ def trace_sections(trace: Trace | None) -> dict[str, Any] | None:
     if trace is None:
         return None
     effects = trace.patching
-    told = [say(effects) for say in (story.route_sentence, story.heads_sentence)] if effects is not None else []
+    told = [say(effects) for say in (trace_story.route_sentence, trace_story.heads_sentence)] if effects is not None else []
     return {
         "told": [text for text in told if text],
         "route": [block("patching", "", plot(effects), captions.about_patching(effects), effects.to_frame())]
         if effects is not None
         else [],
-        "claim": story.circuit_sentence(trace.circuit) if trace.circuit is not None else "",
+        "claim": trace_story.circuit_sentence(trace.circuit) if trace.circuit is not None else "",
         "circuit": circuit_blocks(trace),
-        "notes": story.trace_notes(trace),
+        "notes": trace_story.trace_notes(trace),
     }
 
 
