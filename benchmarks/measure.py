@@ -29,15 +29,20 @@ def _status(key: str) -> int:
         return next(int(line.split()[1]) for line in file if line.startswith(key + ":"))
 
 
-def rounds(entries: dict[str, Callable[[], object]], n: int) -> dict[str, list[float]]:
-    """Seconds of every entry in each of n rounds, one after the other, so that drift of the machine hits all alike. One warm-up round."""
+def rounds(
+    entries: dict[str, Callable[[], object]], n: int, *, clock: Callable[[], float] = time.perf_counter, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of every entry in each of n rounds, one after the other, so that drift of the machine hits all alike.
+
+    `clock`: `time.process_time` counts what the process itself computed, on a machine that others use too (all entries on one thread).
+    """
     seconds: dict[str, list[float]] = {name: [] for name in entries}
-    for k in range(n + 1):
+    for k in range(n + warm_up):
         for name, run in entries.items():
-            start = time.perf_counter()
+            start = clock()
             run()
-            if k:
-                seconds[name].append(time.perf_counter() - start)
+            if k >= warm_up:
+                seconds[name].append(clock() - start)
     return seconds
 
 

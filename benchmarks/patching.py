@@ -4,7 +4,8 @@ Every cell of layer x head (a head's output at all positions) and of layer x spa
 corrupt one, and the logit difference at the last token is read. Side by side in interleaved rounds: mechicl, TransformerLens' own `patching`, and a loop
 over nnsight, on a toy (which is a HookedRootModule) and on a LLaVA-shaped model with random weights and a prompt of text (TransformerLens' patching takes
 no pictures). The two prompts differ from a quarter of their length on, as few-shot prompts do whose labels are exchanged, or only in the last quarter, as
-those do whose query is. The recorded runs are counted. All must give the same table.
+those do whose query is. The recorded runs are counted. All must give the same table. Seconds are those of the process on one thread, so that a machine in
+use by others measures too.
 
 The arithmetic minimum: multiplications that have to be done again because what they read has changed, at the speed at which this machine multiplies
 matrices of these shapes.
@@ -17,6 +18,7 @@ import contextlib
 import io
 import itertools
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -249,7 +251,7 @@ def competitors(kind: str, pair: Prompts, every: int) -> dict[str, dict[str, Swe
 
 
 def agree(tables: dict[str, Tensor], every: int) -> None:
-    """Stop where two ways disagree."""
+    """Stop where two ways disagree by more than rounding (the table is a difference from which most of the logits has cancelled)."""
     mine = tables["mechicl"]
     for name, other in tables.items():
         want = mine if other.shape == mine.shape else mine[:, ::every]
@@ -270,7 +272,7 @@ def measured(kind: str, n_pos: int, share: float, every: int, n_rounds: int) -> 
             return lambda: tables.__setitem__(name, run())
 
         entries = {name: keep(name, sweeps[sweep]) for name, sweeps in ways.items()} | {"product": multiplication()}
-        seconds = rounds(entries, n_rounds)
+        seconds = rounds(entries, n_rounds, clock=time.process_time, warm_up=0 if n_rounds == 1 else 1)
         agree(tables, every)
         product = seconds.pop("product")
         least = [redone(pair, sweep) / multiplication_flops() * s for s in product]
