@@ -189,6 +189,19 @@ def test_a_model_with_pictures_has_a_circuit_that_runs_and_is_compared(organism:
     assert compare_circuits(nodes, nodes, level="node").jaccard.value == 1
 
 
+def test_whole_labels_of_several_tokens_are_scored_as_patching_scores_them(organism: Callable[..., Any]) -> None:
+    """Candidates widen the prompts here and in `patch`: the two ends of the scale agree, whatever the number of prompts at once."""
+    model = HookedVLM(*organism("qwen2_5_vl"))
+    pairs = minimal_pairs(model.renderer, concepts.draw(5, classes=2, shots=1, size=28, seed=1, syllables=(2, 2)), "swap_labels")
+    assert any(len(ids) > 1 for row in pairs.clean.candidate_ids for ids in row)
+    for metric in ("label_logprob", "prob", "kl"):
+        effects = patch(model, pairs, sites="resid_pre", by="head", layers=[0], metric=metric, n_permutations=10, progress=False)
+        for size in (3, 8):
+            runs = CircuitRuns.of(model, pairs, metric=metric, batch_size=size)
+            np.testing.assert_allclose(runs.clean, effects.clean, atol=1e-5)
+            np.testing.assert_allclose(runs.corrupt, effects.corrupt, atol=1e-5)
+
+
 def test_places_come_from_patching_by_span_and_from_edge_scores() -> None:
     program = induction()
     pairs = program.pairs(12, 0)

@@ -181,6 +181,17 @@ def test_logits_are_given_where_they_are_asked_for() -> None:
     assert top.shape == (2, PAIRS.n)
 
 
+def test_padded_prompts_run_as_they_do_alone() -> None:
+    generator = torch.Generator().manual_seed(3)
+    episodes = [*toy_episodes(1, classes=2, shots=1, generator=generator), *toy_episodes(2, classes=4, shots=1, generator=generator)]
+    pairs = minimal_pairs(MODEL.renderer, episodes, "swap_labels")
+    assert pairs.clean.inputs["attention_mask"].sum(1).min() < pairs.clean.n_pos
+    sets = some_sets(GRAPH, 3)
+    together = run_subgraph(MODEL, pairs.clean, pairs.corrupt, sets)
+    apart = run_subgraph(MODEL, pairs.clean, pairs.corrupt, sets, batch_size=1)
+    torch.testing.assert_close(together, apart, atol=CLOSE, rtol=CLOSE)
+
+
 def test_a_single_edge_is_a_path_patch() -> None:
     """Dropping one edge into the logits equals subtracting that head's change from the final stream: path patching by another route."""
     edge = Edge(Sender("head", 1, 0), Receiver("logits", 2))

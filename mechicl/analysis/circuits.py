@@ -93,6 +93,7 @@ def find_circuit(
         notes.append("found and measured on the same pairs: faithfulness is optimistic.")
     found = search.estimate(search.values(items.masks(chosen[None]))[0], seed=seed)
     measured = measure(test, items, chosen, n_random=n_random, seed=seed)
+    whole.bar.close()
     return _circuit(
         model, measured, items, test, value, places=places_of(whole.graph, places), method=method, scored_by=scored_by, target=target, found=found,
         n_found=search.n, held_out=search is not test, notes=notes, name=name, record=provenance(model, task=task, seed=seed, options=options),
@@ -133,6 +134,7 @@ def evaluate_circuit(
         members = [s for s in runs.graph.senders if s.name in {node.name for node in given.nodes} and s.kind != "embed"]
     chosen = items.chosen(members)
     measured = measure(runs, items, chosen, n_random=n_random, seed=seed)
+    runs.bar.close()
     value = items.values_of(given.scores) if given else np.full(len(items), np.nan)
     options = {"metric": runs.reads.name, "replacement": replacement, "n_random": n_random, "batch_size": batch_size, "pairs": pairs.how}
     return _circuit(
@@ -188,6 +190,7 @@ def circuit_curve(
     raw = test.values(masks)
     live = whole.graph.live(masks)
     bands = [random_faithfulness(test, items, one, alive, n_random, np.random.default_rng([seed, k]))[0] for k, (one, alive) in enumerate(zip(sets, live, strict=True))]  # fmt: skip
+    whole.bar.close()
     low, mean, high = (np.array([f(band) if len(band) else np.nan for band in bands]) for f in (_low, np.mean, _high))
     edges, each = items.ordered_edges(order, value)
     options = {"method": method, "level": level, "metric": whole.reads.name, "replacement": replacement, "n_random": n_random, "batch_size": batch_size, "pairs": pairs.how}  # fmt: skip
