@@ -18,6 +18,7 @@ from mechicl.analysis.feed import progress_bar, provenance
 from mechicl.analysis.metrics import Metric
 from mechicl.analysis.patch_job import Given
 from mechicl.analysis.patching import _gap
+from mechicl.analysis.paths import _graph
 from mechicl.analysis.through_softmax import Heads, Softmax, edges_through_softmax
 from mechicl.errors import OptionError
 from mechicl.models.edge_graph import EdgeGraph
@@ -58,7 +59,8 @@ def eap(
     are also run exactly: read `agreement` before the scores.
 
     Args:
-        model: A toy or a hooked production model whose heads are summands of the stream.
+        model: A toy or a hooked production model whose heads are summands of the stream, or have nothing but a norm before it (Gemma: a head's difference is then
+            what the norm makes of its exchange alone, and heads' scores into one receiver do not add up).
         clean: Pairs, or clean prompts.
         corrupt: Corrupt prompts, row by row, every token in the same place.
         method: "EAP": slopes at the start run. "EAP-IG": mean slope over `steps` runs whose embeddings (the stream that enters layer 0: tokens with the pictures
@@ -90,7 +92,7 @@ def eap(
         episodes, always beside exact runs.
     """
     way, start = _checked(method, direction, steps, exact, batch_size, softmax, by_span)
-    whole = EdgeGraph.of(model)
+    whole = _graph(model)
     graph = replace(whole, mlps=whole.mlps and mlps)
     pairs = score(model, clean, corrupt, metric)
     spans = list(span_groups(pairs.clean)) if by_span else []

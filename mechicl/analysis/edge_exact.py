@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from mechicl.analysis.differentiable import Part, Scored, parts
-from mechicl.analysis.edge_gradients import START, Run, between_layers, two_runs
+from mechicl.analysis.edge_gradients import START, Run, between_layers, two_runs, written
 from mechicl.analysis.feed import progress_bar
+from mechicl.analysis.paths import _graph
 from mechicl.errors import OptionError
 from mechicl.models import streams
-from mechicl.models.edge_graph import EdgeGraph
 from mechicl.models.resume import Cell, Recorded, record, run_cells
 from mechicl.results import Edge, Receiver
 from mechicl.results.nodes import feeds
@@ -43,7 +43,7 @@ def edges_exactly(
     """
     if bad := [edge for edge in edges if not feeds(edge.sender, edge.receiver)]:
         raise OptionError(f"edges must run from a sender to a later receiver; got {bad[0].name}. See mechicl.results.nodes.edges.")
-    graph, found = EdgeGraph.of(model), []
+    graph, found = _graph(model), []
     bar = progress_bar(None, total=pairs.n, what="edges run exactly", show=progress)
     for part in parts(model, pairs, direction, batch_size):
         run = two_runs(model, part, graph)
@@ -78,8 +78,7 @@ def difference(model: Any, run: Run, edge: Edge) -> Tensor:
         return found + sum(extra for layer, extra in between_layers(model, run).items() if layer <= edge.receiver.layer)
     if sender.kind == "mlp":
         return run.difference.get(f"blocks.{sender.layer}.hook_mlp_out", torch.zeros_like(run.difference[START]))
-    name = f"blocks.{sender.layer}.attn.hook_z"
-    return streams.head_outputs(model, sender.layer, run.difference[name].to(run.start[name].dtype))[:, :, sender.head].float()
+    return written(model, run, sender.layer)[sender.head]
 
 
 def _moved(stream: Tensor, by: Tensor) -> Tensor:

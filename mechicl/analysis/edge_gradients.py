@@ -16,6 +16,8 @@ from torch import Tensor
 
 from mechicl.analysis.differentiable import Part
 from mechicl.analysis.gradients import Edit, Slopes, frozen, slopes, values
+from mechicl.analysis.path_runs import NORM_TOLERANCE, behind_norm
+from mechicl.errors import UnsupportedModelError
 from mechicl.models import streams
 from mechicl.models.edge_graph import EdgeGraph
 
@@ -46,6 +48,7 @@ def sender_names(model: Any, graph: EdgeGraph) -> list[str]:
     layers = range(graph.n_layers)
     names = [START, *(f"blocks.{layer}.attn.hook_z" for layer in layers)]
     names += [name for layer in layers if (name := f"blocks.{layer}.hook_mlp_out") in model.hook_dict]
+    names += [f"blocks.{layer}.hook_attn_out" for layer in layers if behind_norm(model, layer)]
     for layer in added(model):
         names += [f"blocks.{layer - 1}.hook_resid_post", f"blocks.{layer}.hook_resid_pre"]
     return list(dict.fromkeys(names))
@@ -93,12 +96,35 @@ def sent(model: Any, run: Run, graph: EdgeGraph, where: slice) -> Float[Tensor, 
     """Every sender's difference in the stream at the positions `where`, float32, in the order of `graph.senders`."""
     found = [run.difference[START][None, :, where]]
     for layer in range(graph.n_layers):
-        z = run.difference[f"blocks.{layer}.attn.hook_z"][:, where]
-        found.append(streams.head_outputs(model, layer, z.to(run.start[f"blocks.{layer}.attn.hook_z"].dtype)).movedim(2, 0).float())
+        found.append(written(model, run, layer, where))
         if graph.mlps:
             mlp = run.difference.get(f"blocks.{layer}.hook_mlp_out")
             found.append(torch.zeros_like(found[0]) if mlp is None else mlp[None, :, where])
     return torch.cat(found)
+
+
+def written(model: Any, run: Run, layer: int, where: slice = slice(None)) -> Float[Tensor, "head batch n d_model"]:
+    """What each head of a layer adds to the stream in the other run, less what it adds in the start run, at the positions `where`, float32.
+
+    Where a norm stands between heads and stream, what it makes of all heads' sum with this one exchanged, less what it makes of the sum as it was.
+
+    Raises:
+        UnsupportedModelError: something other than a norm stands there.
+    """
+    name = f"blocks.{layer}.attn.hook_z"
+    z, difference = run.start[name][:, where], run.difference[name][:, where]
+    if not behind_norm(model, layer):
+        return streams.head_outputs(model, layer, difference.to(z.dtype)).movedim(2, 0).float()
+    part = model.anatomy.layers[layer]
+    before = part.attn_out(part.o_proj(z.flatten(2))).float()
+    recorded = run.start[f"blocks.{layer}.hook_attn_out"][:, where].float()
+    if float((before - recorded).abs().max()) > NORM_TOLERANCE * float(recorded.abs().max()):
+        raise UnsupportedModelError(
+            f"layer {layer} of {model.cfg.model_type} must put nothing but a norm between its heads and the stream; it does. Use activation patching."
+        )
+    own = torch.eye(z.shape[2], device=z.device)[:, None, None, :, None]
+    exchanged = (z.float() + own * difference).to(z.dtype)  # [head, batch, n, head, d_head]
+    return torch.stack([part.attn_out(part.o_proj(one.flatten(2))).float() - before for one in exchanged])
 
 
 def received(model: Any, at: Slopes, layer: int, where: slice) -> Iterator[tuple[str, Float[Tensor, "receiver batch n d_model"]]]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mechicl.analysis.edge_gradients import START, Run, between_layers
+from mechicl.analysis.edge_gradients import START, Run, between_layers, written
 from mechicl.analysis.gradients import values
 from mechicl.models import streams
 from mechicl.models.attend import Attention
@@ -91,7 +91,6 @@ def _senders_before(model: Any, run: Run, graph: EdgeGraph, layer: int, extra: M
     embed = run.difference[START]
     yield (embed + sum(extra[k] for k in extra if k <= layer))[None]
     for earlier in range(layer):
-        name = f"blocks.{earlier}.attn.hook_z"
-        yield streams.head_outputs(model, earlier, run.difference[name].to(run.start[name].dtype)).movedim(2, 0).float()
+        yield written(model, run, earlier)
         if graph.mlps:
             yield run.difference.get(f"blocks.{earlier}.hook_mlp_out", torch.zeros_like(embed))[None]
