@@ -141,10 +141,14 @@ def planned(recorded: Recorded, index: int, cell: Cell) -> Plan:
         return Plan(index, cell, 0, "pre", 0, full=True, alone=outside and any(name.startswith("vision") for name in cell.edits))
     if cell.at == "mid" and not recorded.runner.enters_inside(cell.layer):
         cell = _from_before(recorded, cell)
-    at = cast(Entry, cell.at)
-    if cell.at == "pre" and cell.stream is None and cell.edits and recorded.runner.enters_at_z(cell.layer):
-        at = "pre" if any(f"blocks.{cell.layer}.{point}" in cell.edits for point in BEFORE_Z) else "z"
-    return Plan(index, cell, cell.layer, at, recorded.starts[cell.start])
+    layer, at = cell.layer, cast(Entry, cell.at)
+    if cell.stream is None and cell.edits:  # nothing differs before the first edit
+        first = min(int(name.split(".")[1]) for name in cell.edits)
+        layer, at = (first, "pre") if first > layer else (layer, at)
+        own = [f"blocks.{layer}.{point}" for point in BEFORE_Z]
+        if at == "pre" and recorded.runner.enters_at_z(layer) and not any(name in cell.edits for name in own):
+            at = "z"
+    return Plan(index, cell, layer, at, recorded.starts[cell.start])
 
 
 def _from_before(recorded: Recorded, cell: Cell) -> Cell:
