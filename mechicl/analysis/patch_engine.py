@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from mechicl.prompts.batch import Batch
 
 Engine = Literal["resume", "naive"]
 OUTPUTS = ("hook_resid_post", "hook_mlp_out")
-"""Hook points behind which a cell can enter the next layer; they are recorded where they are patched."""
+"""Hook points behind which a cell can enter the next layer."""
 
 
 class Base:
@@ -57,6 +58,7 @@ class Base:
         if self.recorded is None or towers:
             return run_naive(self.model, self.batch, cells, self.positions, read, together=self.together)
         results: list[Any] = [None] * len(cells)
+        cells = [[self._needed(edit) for edit in cell] for cell in cells]
         unchanged = [k for k, cell in enumerate(cells) if all(edit.start >= self.recorded.n_pos for edit in cell)]
         changed = [k for k in range(len(cells)) if k not in set(unchanged)]
         for k in unchanged:
@@ -65,6 +67,27 @@ class Base:
         for k, value in zip(changed, run_cells(self.recorded, made, lambda logits, _: read(logits)), strict=True):
             results[k] = value
         return results
+
+    def _needed(self, edit: Edit) -> Edit:
+        """An edit of the positions that it changes: pairs have most of their activations in common, and what is equal need not be run."""
+        if edit.add:
+            own = torch.zeros((), device=edit.value.device, dtype=edit.value.dtype)
+        else:
+            own = self._own(edit.hook)
+            if own is None:
+                return edit
+        one = slice(None) if edit.head is None else slice(edit.head, edit.head + 1)
+        value = edit.value.to(own) if edit.head is None else edit.value[:, :, one].to(own)
+        differs = (value != (own if edit.head is None else own[:, :, one])).flatten(2).any(-1).cpu()
+        return replace(edit, mask=edit.mask & differs)
+
+    def _own(self, hook: str) -> Tensor | None:
+        """The base's own activation, where it is at hand."""
+        assert self.recorded is not None
+        layer, point = _place(hook)
+        if point == "hook_resid_pre":
+            return self.recorded.pre(layer)
+        return self.recorded.middles[layer] if point == "hook_resid_mid" else self.kept.get(hook)
 
     def _cell(self, edits: Sequence[Edit]) -> Cell:
         """Edits as a resumed cell: a stream to enter with where that is all that changes at first, and edits of hook points from there on."""
@@ -115,8 +138,9 @@ def _place(hook: str) -> tuple[int, str]:
 
 def base_hooks(edited: Sequence[str], stacked: Sequence[int]) -> list[str]:
     """Hook points of the base run that must be kept for these to be edited."""
-    summands = [hook for hook in edited if hook == "hook_embed" or _place(hook)[1] in OUTPUTS]
-    return [*dict.fromkeys([*summands, *stack_hooks(stacked)])]
+    streams = ("hook_resid_pre", "hook_resid_mid")
+    own = [hook for hook in edited if not hook.startswith("vision") and not hook.endswith("pattern") and _place(hook)[1] not in streams]
+    return [*dict.fromkeys([*own, *stack_hooks(stacked)])]
 
 
 def stack_hooks(stacked: Sequence[int]) -> list[str]:
