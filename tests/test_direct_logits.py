@@ -185,6 +185,14 @@ def test_a_batch_that_does_not_know_its_episodes_has_no_control_and_says_so() ->
     assert "does not know its episodes" in result.notes[0]
 
 
+def test_a_batch_brings_its_own_renderer_for_the_control() -> None:
+    planted = planted_induction(n_heads=2, seed=1)
+    batch = toy_batch(6, 3, 1, renderer=planted.model.renderer)
+    bare = ToyTransformer(planted.model.cfg)  # cannot render by itself
+    bare.load_state_dict(planted.model.state_dict())
+    assert direct_logits(bare, batch, **QUIET).null_total.value == direct_logits(planted.model, batch, **QUIET).null_total.value
+
+
 def test_nothing_is_left_on_the_model_and_the_table_has_every_number() -> None:
     model = hooked("qwen2_5_vl")
     batch = model.render(episodes(2))

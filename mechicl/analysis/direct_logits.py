@@ -169,7 +169,9 @@ def _permuted(model: Any, data: Data, by: str, against: str, batch_size: int, se
             continue
     if not shuffled:
         return "no episode has two labels to permute"
-    return _run(model, shuffled, by, against, batch_size, ids_of(shuffled), progress, "the same, labels permuted")
+    renderer = data.renderer if isinstance(data, Batch) else None
+    again: Data = shuffled if renderer is None else renderer.render(shuffled)
+    return _run(model, again, by, against, batch_size, ids_of(again), progress, "the same, labels permuted")
 
 
 @torch.no_grad()

@@ -38,6 +38,7 @@ class Unembedding:
         self.model, self.cap = model, soft_cap(model)
         self.W_U: Tensor = model.W_U.detach()  # a view, in the model's dtype
         self.b_U: Tensor | None = getattr(model, "b_U", None)
+        self._whole: Tensor | None = None
         self.norm = FrozenNorm(getattr(model, "ln_final", None), cfg.d_model, self.W_U, "the final norm")
 
     def columns(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch d_model"]:
@@ -70,7 +71,9 @@ class Unembedding:
 
     def every(self, stream: Float[Tensor, "n d_model"]) -> Iterator[tuple[slice, Float[Tensor, "chunk vocab"]]]:
         """Logits over the whole vocabulary as the model gives them, a bounded number of positions at a time."""
-        weight = self.W_U.float()
+        if self._whole is None:  # one float32 copy, where the model is in half precision
+            self._whole = self.W_U.float()
+        weight = self._whole
         size = max(1, CHUNK_BYTES // (4 * weight.shape[1]))
         for start in range(0, len(stream), size):
             part = slice(start, min(start + size, len(stream)))
