@@ -135,8 +135,11 @@ def circuit_graph(circuit: Circuit) -> Spec:
     return spec
 
 
-def _losses(circuit: Circuit | None) -> Mapping[Edge, Estimate]:
-    return {one.edge: one.loss for one in circuit.minimality} if circuit is not None else {}
+def _losses(circuit: Circuit | None) -> Mapping[Edge | str, Estimate]:
+    """What the circuit loses without one edge, and (by name) without one node."""
+    if circuit is None:
+        return {}
+    return {one.edge: one.loss for one in circuit.minimality} | {node.name: node.loss for node in circuit.nodes if node.loss is not None}
 
 
 def _start(curve: CircuitCurve, steps: Sequence[Step]) -> int:
@@ -151,7 +154,7 @@ def _start(curve: CircuitCurve, steps: Sequence[Step]) -> int:
 
 
 def _draw(
-    drawn: Sequence[Edge], scores: Mapping[Edge, float], places: Mapping[str, str], model: graph.Model, steps: Sequence[Step], losses: Mapping[Edge, Estimate], *, start: int
+    drawn: Sequence[Edge], scores: Mapping[Edge, float], places: Mapping[str, str], model: graph.Model, steps: Sequence[Step], losses: Mapping[Edge | str, Estimate], *, start: int
 ) -> Spec:  # fmt: skip
     """The graph: edges below nodes, with the slider where there is more than one stop."""
     drawing = graph.arrange(drawn, model, places)
@@ -166,7 +169,7 @@ def _draw(
                      "line": {"color": RANDOM, "width": 1.2}, "showlegend": False, "name": f"{a} shared"})  # fmt: skip
         appear.append(max(born[a], born[b]))
     for name, (kind, _, _) in nodes.items():
-        data.append(_node(name, kind, drawing.at[name], places, model))
+        data.append(_node(name, kind, drawing.at[name], places, model, losses.get(name)))
         appear.append(born[name])
     opacity = [
         [_DEAD if k < len(drawn) and drawn[k] not in step.live else 0.85 if k < len(drawn) else 1.0 for k in range(len(data))]
@@ -203,17 +206,18 @@ def _edge(
     return trace
 
 
-def _node(name: str, kind: str, at: tuple[float, float], places: Mapping[str, str], model: graph.Model) -> Spec:
+def _node(name: str, kind: str, at: tuple[float, float], places: Mapping[str, str], model: graph.Model, loss: Estimate | None) -> Spec:
     symbol, colour, size, ink = _NODES[kind]
     what = {"embed": "the embeddings, pictures included", "logits": "the logits at the last token", "mlp": f"the MLP of layer {name.split()[-1]}",
             "kv": f"keys and values {name[3:]}, shared by {model.n_heads // model.n_key_value_heads} query heads", "head": f"head {name}"}[kind]  # fmt: skip
     place = f"<br>acts at: {words(places[name])}" if places.get(name) else ""
+    lost = f"<br>lost without it: {interval(loss)}" if loss is not None else ""
     outside = kind in ("embed", "logits")
     return {
         "type": "scatter", "mode": "markers+text", "x": [at[0]], "y": [at[1]], "text": ["" if kind == "kv" else name.split()[-1]], "name": name, "showlegend": False,
         "textposition": "middle right" if outside else "middle center", "textfont": {"size": 11} | ({} if outside else {"color": ink}),
         "marker": {"symbol": symbol, "size": size, "color": colour, "line": {"color": "#ffffff", "width": 1}}, "cliponaxis": False,
-        "hovertemplate": f"<b>{what}</b>{place}<extra></extra>",
+        "hovertemplate": f"<b>{what}</b>{place}{lost}<extra></extra>",
     }  # fmt: skip
 
 
