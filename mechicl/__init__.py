@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from mechicl.analysis.circuits import circuit_curve, evaluate_circuit, find_circuit
     from mechicl.analysis.direct_logits import direct_logits
     from mechicl.analysis.edge_attribution import eap
-    from mechicl.analysis.function_vectors import add_function_vector, function_vector, function_vector_scores
+    from mechicl.analysis.function_vector_effects import add_function_vector
+    from mechicl.analysis.function_vectors import function_vector, function_vector_scores
     from mechicl.analysis.head_circuits import head_circuits
     from mechicl.analysis.heads import attention_by_role, score_heads
     from mechicl.analysis.icl import icl_accuracy
@@ -50,7 +51,7 @@ _HOMES = {
     "eap": "mechicl.analysis.edge_attribution",
     "function_vector_scores": "mechicl.analysis.function_vectors",
     "function_vector": "mechicl.analysis.function_vectors",
-    "add_function_vector": "mechicl.analysis.function_vectors",
+    "add_function_vector": "mechicl.analysis.function_vector_effects",
     "direct_logits": "mechicl.analysis.direct_logits",
     "logit_lens": "mechicl.analysis.logit_lens",
     "head_circuits": "mechicl.analysis.head_circuits",

@@ -11,7 +11,8 @@ import torch
 
 import mechicl
 from mechicl.analysis.agreement import head_overlap
-from mechicl.analysis.function_vectors import add_function_vector, function_vector, function_vector_scores, last_outputs, shuffle
+from mechicl.analysis.function_vector_effects import _bundle, add_function_vector
+from mechicl.analysis.function_vectors import function_vector, function_vector_scores, last_outputs, shuffle
 from mechicl.analysis.heads import score_heads
 from mechicl.data.concepts import draw
 from mechicl.errors import EpisodeError, HeadIndexError, OptionError, UnsupportedModelError
@@ -121,8 +122,6 @@ def test_an_idle_head_s_vector_does_nothing(planted: Planted) -> None:
 
 
 def test_controls_are_as_long_as_the_vector(planted: Planted) -> None:
-    from mechicl.analysis.function_vectors import _bundle
-
     vector = function_vector(planted.model, one_task(8), planted.matching)
     bundle, _ = _bundle(vector, 6, seed=0)
     assert torch.allclose(bundle.norm(dim=1), torch.full((len(bundle),), vector.length, dtype=torch.float64))
