@@ -187,7 +187,7 @@ def about_curve(curve: CircuitCurve) -> Words:
 
 def about_circuit(circuit: Circuit) -> Words:
     return Words(
-        f"The smallest set found that reaches a faithfulness of {circuit.target:.2g} on the pairs that chose it, with what it does on other pairs, what the rest of the model does without it, random "
+        f"A set that reaches a faithfulness of {circuit.target:.2g} on the pairs that chose it, with what it does on other pairs, what the rest of the model does without it, random "
         "circuits, and what each edge alone is worth.",
         "Another set of edges may do as well: the search finds one. It holds for these pairs: an edge that both prompts use alike is not in it.",
         circuit_sentence(circuit),

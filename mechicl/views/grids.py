@@ -201,7 +201,7 @@ def score_grid(score: Score, *, n_key_value_heads: int | None = None, top: int |
             "xaxis": x | {"domain": [0, 0.56]},
             "yaxis": y,
             "xaxis2": {"domain": [0.72, 1], "title": {"text": f"{words(score.name)}, {words(score.unit)}"}, "zeroline": True, "anchor": "y2", "rangemode": "tozero", "nticks": 6},
-            "yaxis2": {"anchor": "x2", "type": "category", "autorange": "reversed", "showgrid": False, "ticks": "", "title": {"text": "top heads"}},
+            "yaxis2": {"anchor": "x2", "type": "category", "autorange": "reversed", "showgrid": False, "ticks": "", "ticklabelstandoff": 8, "title": {"text": "top heads"}},
             "coloraxis": {"colorscale": DIVERGING, "cmin": -half, "cmax": half, "cmid": 0, "colorbar": {"x": 0.575, "xanchor": "left", "len": 1, "lenmode": "fraction"}},
             "legend": {"x": 1, "xanchor": "right", "y": -0.02, "yref": "container", "yanchor": "bottom"},
             "shapes": shapes,
