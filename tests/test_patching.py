@@ -15,7 +15,7 @@ import torch
 from transformer_lens import patching as theirs
 
 import mechicl
-from mechicl.analysis import patch_run
+from mechicl.analysis import patch_job, patch_run
 from mechicl.analysis.patch_cells import SITES
 from mechicl.analysis.patching import cost, patch
 from mechicl.data import concepts
@@ -271,6 +271,22 @@ def test_small_batches_give_the_same_numbers() -> None:
     model, pairs = demo("swap_labels", 6)
     one = patch(model, pairs, sites=("resid_pre", "k"), layers=[1], metric="label_logprob", batch_size=100, **QUIET)
     two = patch(model, pairs, sites=("resid_pre", "k"), layers=[1], metric="label_logprob", batch_size=5, **QUIET)
+    for site in one.sites:
+        np.testing.assert_allclose(one[site].raw, two[site].raw, atol=1e-4)
+
+
+def test_what_does_not_fit_into_memory_is_recorded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, pairs = planted()
+    one = patch(found.model, pairs, sites=("z", "pattern"), by="head", **QUIET)
+    sizes: list[int] = []
+    monkeypatch.setattr(patch_job, "memory", lambda model: 300_000)
+    inner = patch_job.record
+    monkeypatch.setattr(
+        patch_job, "record", lambda sweep, contrast, clean, *more: sizes.append(clean.n) or inner(sweep, contrast, clean, *more)
+    )
+    two = patch(found.model, pairs, sites=("z", "pattern"), by="head", **QUIET)
+    assert len(sizes) > 1
+    assert sum(sizes) == pairs.n
     for site in one.sites:
         np.testing.assert_allclose(one[site].raw, two[site].raw, atol=1e-4)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
+import torch
 
 from mechicl.analysis.metrics import Contrast, Metric, contrast
 from mechicl.analysis.patch_cells import ALIGNABLE, STATES, By, Patch, Selection, SitePlan, plan
@@ -25,6 +26,10 @@ from mechicl.results.patching import Direction, PatchCost
 Given = Pairs | Batch | Sequence[Episode]
 CELLS_AT_ONCE = 32
 """Cells between two writes to disk, at most."""
+CPU_BYTES = 1 << 32
+"""Memory of recorded activations on a CPU."""
+SHARE = 0.3
+"""Share of an accelerator's free memory that they may take."""
 
 
 @dataclass(eq=False)
@@ -51,10 +56,27 @@ class Job:
         return [patch for site in self.plans.values() for patch in site.patches]
 
     def parts(self) -> list[list[int]]:
-        """Rows of the pairs that are recorded together."""
+        """Rows of the pairs that are recorded together: as many as were asked for, fewer where their activations would not fit."""
         size = max(1, self.sweep.batch_size // self.contrast.blocks)
+        size = max(1, min(size, memory(self.sweep.model) // self.bytes_per_pair()))
         count = max(1, -(-self.n // size))
         return [list(range(k * self.n // count, (k + 1) * self.n // count)) for k in range(count)]
+
+    def bytes_per_pair(self) -> int:
+        """What is kept of one pair while its cells run: both runs' activations at the patched sites, and the streams."""
+        cfg = self.sweep.model.cfg
+        widths = {
+            "q": cfg.n_heads * cfg.d_head,
+            "z": cfg.n_heads * cfg.d_head,
+            "k": cfg.n_key_value_heads * cfg.d_head,
+            "v": cfg.n_key_value_heads * cfg.d_head,
+        }
+        kept = sum(
+            2 * widths.get(name, cfg.d_model) * len(p.coords.get("layer", (0,))) for name, p in self.plans.items() if name != "pattern"
+        )
+        patterns = 2 * cfg.n_heads * self.clean.n_pos if "pattern" in self.plans else 0
+        item = torch.finfo(getattr(cfg, "dtype", torch.float32)).bits // 8
+        return self.contrast.blocks * self.clean.n_pos * (kept + patterns + 2 * cfg.n_layers * cfg.d_model) * item
 
     def some(self, rows: Sequence[int]) -> tuple[Contrast, Batch, Batch]:
         """Some of the pairs."""
@@ -106,6 +128,14 @@ class Job:
             total += seconds[name] * len(site.patches) * len(parts)
             forwards += len(site.patches) * len(parts)
         return PatchCost(len(self.patches), forwards, total, recorded.gigabytes, seconds, self.n), time.perf_counter() - begun
+
+
+def memory(model: Any) -> int:
+    """Bytes that recorded activations may take."""
+    device = torch.device(model.cfg.device)
+    if device.type == "cuda":
+        return int(SHARE * torch.cuda.mem_get_info(device)[0])
+    return CPU_BYTES
 
 
 def prepare(
