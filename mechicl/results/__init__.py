@@ -23,6 +23,7 @@ from mechicl.results.nodes import Edge, Receiver, Sender
 from mechicl.results.patching import PatchCost, PatchEffects, SiteEffects, Transplant, TransplantRow
 from mechicl.results.paths import PathEffects, SpanKnockOut, SpanKnockOuts
 from mechicl.results.readout import Copying, HeadCircuits, LogitAttribution, LogitLens, PromptLens, QKMatch
+from mechicl.results.shift import FillerTest, KVShift, SimilarityEffect, SimilarityTest
 from mechicl.results.study import HeadSet, Series, Study, Trace
 from mechicl.results.trainings import Bands, ChangePoint, Claim, Correlations, Emergence, Forest, KnockOut, KnockOutTable
 
@@ -47,6 +48,7 @@ __all__ = [
     "EdgeScores",
     "Emergence",
     "Estimate",
+    "FillerTest",
     "Forest",
     "FunctionVector",
     "Head",
@@ -55,6 +57,7 @@ __all__ = [
     "HeadScores",
     "HeadSet",
     "ICLAccuracy",
+    "KVShift",
     "KindOverlap",
     "KnockOut",
     "KnockOutTable",
@@ -74,6 +77,8 @@ __all__ = [
     "Score",
     "Sender",
     "Series",
+    "SimilarityEffect",
+    "SimilarityTest",
     "SiteEffects",
     "Skipped",
     "SpanKnockOut",
