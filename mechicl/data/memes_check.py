@@ -141,6 +141,8 @@ def _row(line: str) -> dict[str, Any] | str:
     for field in ("img", "text"):
         if not isinstance(row.get(field), str) or not row[field].strip():
             return f"{field} must be a non-empty string"
+        if any("\ud800" <= letter <= "\udfff" for letter in row[field]):
+            return f"{field} must be text; it holds half of a character"
     label = row.get("label")
     if label is not None and (isinstance(label, bool) or label not in (0, 1)):
         return f"label must be 0 or 1, or left out; got {label!r}"

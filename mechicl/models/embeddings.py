@@ -88,7 +88,7 @@ class OwnEmbedder:
         stream = _read(self.model, batch, "hook_embed")[0]
         image, text = (_mean(stream, batch.mask(role, shot=QUERY)[0]) for role in ("image", "text"))
         tower = _tower(self.model)
-        if tower and batch.episodes[0].images and (self.eyes == "tower" or image is None):
+        if tower and shot.images and (self.eyes == "tower" or "hook_image_features" not in self.model.hook_dict):
             image = _read(self.model, batch, tower).flatten(0, -2).mean(0).cpu().numpy()
         return image, text
 
