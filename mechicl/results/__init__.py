@@ -19,6 +19,7 @@ from mechicl.results.circuits import (
     NodeGap,
 )
 from mechicl.results.heads import HeadScores, PromptView, RoleAttention, Score
+from mechicl.results.margin import ContrastMap, ContrastMargin, MarginEffect, MarginPart
 from mechicl.results.nodes import Edge, Receiver, Sender
 from mechicl.results.patching import PatchCost, PatchEffects, SiteEffects, Transplant, TransplantRow
 from mechicl.results.paths import PathEffects, SpanKnockOut, SpanKnockOuts
@@ -40,6 +41,8 @@ __all__ = [
     "CircuitNode",
     "CircuitOverlap",
     "Claim",
+    "ContrastMap",
+    "ContrastMargin",
     "Copying",
     "Correlations",
     "DoseCurve",
@@ -63,6 +66,8 @@ __all__ = [
     "KnockOutTable",
     "LogitAttribution",
     "LogitLens",
+    "MarginEffect",
+    "MarginPart",
     "MethodRecovery",
     "NodeGap",
     "PatchCost",
