@@ -163,4 +163,4 @@ def test_the_kinds_are_those_of_attention_by_role() -> None:
     from mechicl.analysis.heads import attention_by_role
 
     model, data = hooked("qwen2_5_vl"), episodes(3)
-    assert set(attention_by_role(model, data, **QUIET).spans) <= set(KINDS)
+    assert set(attention_by_role(model, data, **QUIET).spans) <= {*KINDS, "question"}

@@ -152,8 +152,8 @@ def test_groups_of_a_chat_prompt_have_the_names_of_attention_by_role(organism: O
     assert torch.equal(groups["query image"], batch.mask("image", shot=-1))
     assert torch.equal(torch.stack(list(groups.values())).sum(0), batch.inputs["attention_mask"])
     assert list(groups) == [
-        "instruction", "right image", "right question", "right label", "right close", "wrong image", "wrong question", "wrong label", "wrong close", "query image",
-        "query question", "query close", "glue", "last token",
+        "instruction", "right image", "right question", "right open", "right label", "right close", "wrong image", "wrong question", "wrong open", "wrong label",
+        "wrong close", "query image", "query question", "query open", "glue", "last token",
     ]  # fmt: skip
 
 

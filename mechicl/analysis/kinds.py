@@ -1,4 +1,4 @@
-"""Every token of a prompt by its kind, under the names of `attention_by_role`, as masks: what readings are averaged over and attributions summed over."""
+"""Every token of a prompt by its kind, under the names of `span_groups`, as masks: what readings are averaged over and attributions summed over."""
 
 from __future__ import annotations
 
@@ -9,15 +9,11 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from mechicl.errors import EmptySpanError, OptionError
+from mechicl.prompts.align import ORDER, span_groups
 from mechicl.prompts.batch import Batch
-from mechicl.prompts.spans import QUERY
 
-KINDS: tuple[str, ...] = (
-    "right label", "wrong label", "right close", "wrong close", "right image", "wrong image", "right text", "wrong text", "question", "query image",
-    "query text", "query question", "instruction", "glue", "sink", "last token",
-)  # fmt: skip
-"""Kinds of tokens, in the order of tables. "close": the template's tokens after an exemplar's label; "sink": the prompt's first token; "last token": the one that
-predicts the answer. The last two are taken out of the kinds they would belong to."""
+KINDS: tuple[str, ...] = (*ORDER[:-1], "sink", ORDER[-1])
+"""Kinds of tokens, in the order of tables: `prompts.align.ORDER`, and "sink", the prompt's first token, taken out of the kind it would belong to."""
 
 
 def kind_masks(batch: Batch, *, sink: bool = True) -> dict[str, Bool[Tensor, "batch pos"]]:
@@ -27,33 +23,17 @@ def kind_masks(batch: Batch, *, sink: bool = True) -> dict[str, Bool[Tensor, "ba
         batch: The prompts.
         sink: Keep the first token apart; otherwise it stays in its own kind.
     """
-    masks = {kind: torch.zeros(batch.n, batch.n_pos, dtype=torch.bool) for kind in KINDS}
-    for i, row in enumerate(batch.spans):
-        answer = batch.candidates[i][batch.answers[i]]
-        after = ""
-        for span in row:
-            if span.role in ("pad", "answer"):
-                continue
-            side = "query" if span.shot == QUERY else "right" if span.label == answer else "wrong"
-            if span.role in ("image", "text", "label") and span.shot >= QUERY:
-                kind = f"{side} {span.role}"
-            elif span.role == "question":
-                kind = "query question" if span.shot == QUERY else "question"
-            elif span.role == "glue" and after:
-                kind = after
-            else:
-                kind = "instruction" if span.role == "instruction" else "glue"
-            after = f"{side} close" if span.role == "label" and span.shot >= 0 else after if span.role == "glue" else ""
-            masks[kind][i, span.start : span.stop] = True
+    groups = span_groups(batch)
+    nowhere = torch.zeros(batch.n, batch.n_pos, dtype=torch.bool)
+    masks = {kind: groups[kind].clone() if kind in groups else nowhere.clone() for kind in KINDS}
     rows = torch.arange(batch.n)
-    last = batch.query_pos.cpu()
-    first = torch.stack(list(masks.values())).any(0).long().argmax(1)
-    for kind, where in (("sink", first), ("last token", last)):
-        if kind == "sink" and not sink:
-            continue
+    masks["last token"] = nowhere.clone()
+    masks["last token"][rows, batch.query_pos.cpu()] = True
+    if sink:
+        first = torch.stack(list(masks.values())).any(0).long().argmax(1)
         for mask in masks.values():
-            mask[rows, where] = False
-        masks[kind][rows, where] = True
+            mask[rows, first] = False
+        masks["sink"][rows, first] = True
     return masks
 
 

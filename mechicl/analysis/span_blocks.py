@@ -17,7 +17,7 @@ from mechicl.prompts.align import span_groups
 from mechicl.prompts.batch import Batch
 from mechicl.results import Head
 
-PARTS = ("image", "text", "question", "label", "close")
+PARTS = ("image", "text", "question", "open", "label", "close")
 WHOLE = ("instruction", "glue", "last token", "exemplars", "query", "everything")
 NAME = re.compile(rf"(?:(?:right|wrong|query|shot \d+|own) )?(?:{'|'.join((*PARTS, 'item'))})|shot \d+|own shot|{'|'.join(WHOLE)}")
 

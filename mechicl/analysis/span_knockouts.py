@@ -48,7 +48,7 @@ def span_knockout(
     Args:
         model: A `HookedVLM` or a toy.
         data: A Batch, or episodes.
-        pairs: (who reads, what is read), by name: a part (image, text, item, question, label, close) of all exemplars, or of those with the right or a wrong label, of the
+        pairs: (who reads, what is read), by name: a part (image, text, item, question, open, label, close) of all exemplars, or of those with the right or a wrong label, of the
             query or of one exemplar ("right label", "query image", "shot 1 text"); "shot 1"; "exemplars"; "query" (its last token too); "last token" (the answer's own tokens
             too); "instruction", "glue", "everything". A source may be "own image" etc.: of the same exemplar.
         layers: Where; None for all layers, numbers for one window, lists of numbers for several (`models.blocked.windows`): then every pair gives a curve.

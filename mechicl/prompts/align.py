@@ -23,11 +23,12 @@ By = Literal["span", "shot"]
 Align = Literal["mean", "resize"]
 
 ORDER = (
-    "instruction", "right image", "right text", "right question", "right label", "right close", "wrong image", "wrong text", "wrong question", "wrong label",
-    "wrong close", "query image", "query text", "query question", "query close", "glue", "last token",
+    "instruction", "right image", "right text", "right question", "right open", "right label", "right close", "wrong image", "wrong text", "wrong question",
+    "wrong open", "wrong label", "wrong close", "query image", "query text", "query question", "query open", "glue", "last token",
 )  # fmt: skip
-"""Names of `span_groups(by="span")`, in this order. close: the template's tokens after an exemplar's label (up to the next exemplar), or after the query up to
-the last token. glue: the template's other tokens. last token: the one that predicts the answer, with the answer's own tokens where a metric appends them."""
+"""Names of `span_groups(by="span")`, in this order. open: the template's tokens from an exemplar's item to its label, or from the query's item to the last token:
+the tokens before a label may be those that a previous-token head reads. close: those after a label, up to the next item. glue: the template's other tokens. last
+token: the one that predicts the answer, with the answer's own tokens where a metric appends them."""
 
 PICTURE_PARTS = ("image",)
 
@@ -60,7 +61,7 @@ def span_groups(batch: Batch, by: By = "span") -> dict[str, Bool[Tensor, "batch 
 
 
 def _shot_order(n_shots: int) -> list[str]:
-    parts = ("image", "text", "question", "label", "close")
+    parts = ("image", "text", "question", "open", "label", "close")
     shots = [f"{who} {part}" for who in (*(f"shot {k}" for k in range(n_shots)), "query") for part in parts]
     return ["instruction", *shots, "glue", "last token"]
 
@@ -68,7 +69,7 @@ def _shot_order(n_shots: int) -> list[str]:
 def _named(row: Sequence[Span], answer: str, last: int, by: By) -> list[tuple[str, int, int]]:
     """(group, start, stop) of a prompt's tokens, padding left out."""
     out: list[tuple[str, int, int]] = []
-    closing: str | None = None
+    between = "glue"  # what the template's next tokens are called
     for span in row:
         if span.role == "pad":
             continue
@@ -77,15 +78,12 @@ def _named(row: Sequence[Span], answer: str, last: int, by: By) -> list[tuple[st
         if span.role == "answer":
             name = "last token"
         elif span.role == "glue":
-            name = f"{closing} close" if closing else "glue"
+            name = between
         elif span.shot >= QUERY and span.role != "instruction":
             name = f"{who} {span.role}"
+            between = f"{who} {'close' if span.role == 'label' else 'open'}"
         else:
-            name = "instruction" if span.role == "instruction" else "glue"
-        if span.role not in ("glue", "answer"):
-            # an exemplar closes after its label, the query after its question or, without one, its item
-            ends = span.role == "label" or (span.shot == QUERY and span.role in ("question", "text"))
-            closing = who if ends else None
+            name, between = "instruction" if span.role == "instruction" else "glue", "glue"
         if span.start <= last < span.stop:
             out += [(name, span.start, last), ("last token", last, last + 1), (name, last + 1, span.stop)]
         else:

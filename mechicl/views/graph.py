@@ -12,8 +12,9 @@ import numpy as np
 
 from mechicl.results import Edge, Receiver
 
-ORDER = ("instruction", "right image", "wrong image", "image", "right text", "wrong text", "text", "right question", "wrong question", "question", "right label",
-         "wrong label", "label", "right close", "wrong close", "close", "glue", "query image", "query text", "query question", "query close", "last token")  # fmt: skip
+ORDER = ("instruction", "right image", "wrong image", "image", "right text", "wrong text", "text", "right question", "wrong question", "question", "right open",
+         "wrong open", "right label", "wrong label", "label", "right close", "wrong close", "close", "glue", "query image", "query text", "query question",
+         "query open", "last token")  # fmt: skip
 """Columns from left to right, about as the prompt runs; spans not named here come before "query image"."""
 
 MLPS = "MLP"
