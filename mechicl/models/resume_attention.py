@@ -52,11 +52,11 @@ def attend(
         causal: No position reads what stands behind it (with a mask: the mask already says so).
     """
     n_dest, n_src = query.shape[2], sum(key.shape[2] for key, _ in parts)
-    if mask is None and causal and n_dest > 1 and (len(parts) > 1 or n_dest < n_src):
-        mask = below(n_dest, n_src, query.device)
     exact = query.dtype in (torch.float32, torch.float64)
     if len(parts) > 1 and exact and n_dest <= FEW:
-        return _written_out(query, parts, mask, scale, copies)
+        return _written_out(query, parts, mask, scale, copies, causal)
+    if mask is None and causal and n_dest > 1 and (len(parts) > 1 or n_dest < n_src):
+        mask = below(n_dest, n_src, query.device)
     n = query.shape[0] // copies
     key, value = (torch.cat([_rows(part[i], query.shape[0]) for part in parts], 2) if len(parts) > 1 else parts[0][i] for i in (0, 1))
     if mask is not None and mask.shape[0] not in (1, query.shape[0]):
@@ -99,7 +99,7 @@ def _fold(x: Tensor, n: int) -> Tensor:
     return x.reshape(n, -1, *x.shape[2:])
 
 
-def _written_out(query: Tensor, parts: Sequence[KeysValues], mask: Tensor | None, scale: float, copies: int) -> Tensor:
+def _written_out(query: Tensor, parts: Sequence[KeysValues], mask: Tensor | None, scale: float, copies: int, causal: bool) -> Tensor:
     """The softmax in full; keys that copies share are multiplied once for all of them."""
     rows, n_heads, n_dest, d_head = query.shape
     n, n_kv = rows // copies, parts[0][0].shape[1]
@@ -115,6 +115,9 @@ def _written_out(query: Tensor, parts: Sequence[KeysValues], mask: Tensor | None
     table = torch.cat(scores, -1)  # [prompt, kv_head, copy, group * dest, src]
     if mask is not None:
         table = _masked(table.view(n, n_kv, copies, group, n_dest, -1), mask, n, copies).view(table.shape)
+    elif causal and n_dest > 1:  # all that stands before the new positions may be read
+        new = table[..., -n_dest:].unflatten(3, (group, n_dest))
+        new.masked_fill_(~below(n_dest, n_dest, query.device)[0], -torch.inf)
     pattern = table.softmax(-1)
     z, at = query.new_zeros(()), 0
     for key, value in parts:
@@ -136,5 +139,5 @@ def _masked(table: Tensor, mask: Tensor, n: int, copies: int) -> Tensor:
     heads = full.shape[2]
     full = full.unflatten(2, (1, 1) if heads == 1 else (table.shape[1], table.shape[3])).transpose(1, 2)
     if mask.dtype != torch.bool:
-        return table + full
-    return table.masked_fill(~full, -1e30 if table.dtype == torch.float32 else torch.finfo(table.dtype).min)
+        return table.add_(full)
+    return table.masked_fill_(~full, -1e30 if table.dtype == torch.float32 else torch.finfo(table.dtype).min)
