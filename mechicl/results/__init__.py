@@ -18,6 +18,7 @@ from mechicl.results.circuits import (
     MethodRecovery,
     NodeGap,
 )
+from mechicl.results.factors import ConditionRow, ConditionTable, FactorShares, MixedEffects, TaskEffects
 from mechicl.results.heads import HeadScores, PromptView, RoleAttention, Score
 from mechicl.results.margin import ContrastMap, ContrastMargin, MarginEffect, MarginPart
 from mechicl.results.nodes import Edge, Receiver, Sender
@@ -43,6 +44,8 @@ __all__ = [
     "Claim",
     "ContrastMap",
     "ContrastMargin",
+    "ConditionRow",
+    "ConditionTable",
     "Copying",
     "Correlations",
     "DoseCurve",
@@ -52,6 +55,7 @@ __all__ = [
     "Emergence",
     "Estimate",
     "FillerTest",
+    "FactorShares",
     "Forest",
     "FunctionVector",
     "Head",
@@ -70,6 +74,7 @@ __all__ = [
     "MarginPart",
     "MethodRecovery",
     "NodeGap",
+    "MixedEffects",
     "PatchCost",
     "PatchEffects",
     "PathEffects",
@@ -91,6 +96,7 @@ __all__ = [
     "Strategies",
     "StrategyScore",
     "Study",
+    "TaskEffects",
     "Trace",
     "Transplant",
     "TransplantRow",
