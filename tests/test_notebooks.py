@@ -48,7 +48,7 @@ def test_a_notebook_is_short_and_plain(path: Path) -> None:
     assert any("assert" in cell.source for cell in book.cells if cell.cell_type == "code")
 
 
-def test_the_notebooks_of_the_claims_are_what_their_program_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notebooks_are_what_their_program_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "make"))
     books = importlib.import_module("notebooks").books()
     assert set(books) == {path.stem for path in NOTEBOOKS} - {"01_find_the_induction_heads_of_a_vlm"}
@@ -56,7 +56,7 @@ def test_the_notebooks_of_the_claims_are_what_their_program_writes(monkeypatch: 
         assert nbformat.writes(book) == nbformat.writes(nbformat.read(ROOT / f"{name}.ipynb", as_version=4))
 
 
-@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if not p.stem.startswith("01")], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if (ROOT / "results" / f"{p.stem}.parquet").exists()], ids=lambda p: p.stem)
 def test_a_claim_has_a_sweep_and_a_verdict_that_is_computed(path: Path) -> None:
     code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
     assert "claims.claim(" in code
@@ -67,6 +67,13 @@ def test_a_claim_has_a_sweep_and_a_verdict_that_is_computed(path: Path) -> None:
     cells_of = cells(spec, resolve)
     assert cells_of
     assert "cpu preset" in spec.about
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem[:2] in ("08", "09")], ids=lambda p: p.stem)
+def test_a_circuit_is_shown_with_its_controls(path: Path) -> None:
+    code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+    for control in ("random_high", "control_accuracy", ".agreement", "completeness", "overlap.chance"):
+        assert control in code
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.parquet")), ids=lambda p: p.stem)
