@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 import mechicl
-import numpy as np
 from mechicl import circuit_curve, compare_circuits, eap, find_circuit, patch, plot, span_knockout
 
 figures = Path(os.environ.get("MECHICL_FIGURES", "../figures"))"""
@@ -22,6 +21,7 @@ another, so that each step is a cause. Every effect is 0 in the corrupt run and 
 Two kinds of minimal pairs, equal token for token. **query**: the query shows another exemplar's class. **exemplars**: exemplars of two classes exchange their pictures; the query stays. Both
 change the answer, but by another way: what the query asks for, and what the exemplars offer.""",
     """>>>
+import numpy as np
 from mechicl.data import concepts
 from mechicl.prompts.corrupt import minimal_pairs
 
