@@ -12,6 +12,7 @@ from mechicl.errors import EpisodeError, OptionError, RenderError
 from mechicl.prompts.batch import Batch
 from mechicl.prompts.episode import Episode, Shot
 from mechicl.prompts.spans import NO_SHOT, QUERY, Span
+from mechicl.prompts.vectors import check_form
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,14 @@ class ToyRenderer:
         )  # fmt: skip
 
     def _row(self, episode: Episode) -> tuple[list[int], list[Span]]:
+        check_form(episode)
         ids: list[int] = [1] if self.bos else []
         spans = [Span("glue", 0, 1, NO_SHOT)] if self.bos else []
         for k, shot in [*enumerate(episode.shots), (QUERY, episode.query)]:
             if shot.images:
                 raise RenderError(f"episode {episode.id!r}: a toy prompt must be words only; got a picture. Use a vision-language model.")
             parts: list[tuple[Any, str]] = [("text", shot.text)] if k == QUERY else [("text", shot.text), ("label", shot.label)]
+            parts = parts[::-1] if episode.form.label_first else parts
             for role, words in parts:
                 new = self.vocabulary.encode(words)
                 spans.append(Span(role, len(ids), len(ids) + len(new), k, None, shot.label, shot.item or shot.text))

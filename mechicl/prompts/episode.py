@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from PIL import Image
 
 from mechicl.errors import EpisodeError, ImageError
+from mechicl.prompts.form import PLAIN, Form
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,7 @@ class Episode:
     """A few-shot question: exemplars, then a query whose label the model must give.
 
     `candidates` are the labels that compete, each once; the answer is among them. `question` is asked after every item, exemplars included.
+    `form`: how the exemplars are written; see `mechicl.prompts.reform` for others than the plain one.
     """
 
     shots: tuple[Shot, ...]
@@ -45,6 +47,7 @@ class Episode:
     instruction: str = ""
     question: str = ""
     id: str = ""
+    form: Form = PLAIN
 
     def __post_init__(self) -> None:
         where = f"episode {self.id!r}: " if self.id else ""

@@ -179,13 +179,44 @@ class Template:
                 messages.append({"role": "system", "content": marked})
             else:
                 opening = [{"type": "text", "text": marked + "\n"}]
-        for k, shot in enumerate((*episode.shots, episode.query)):
-            which = k if k < len(episode.shots) else QUERY
-            messages.append({"role": "user", "content": opening + self._parts(shot, which, episode.question, mark)})
+        if episode.form.one_turn and episode.shots:
+            content = [*opening, *self._examples(episode, mark), *self._parts(episode.query, QUERY, episode.question, mark)]
+            if self._lifts_pictures:
+                content.sort(key=lambda part: part["type"] == "text")
+            return [*messages, {"role": "user", "content": joined(content)}]
+        for k in range(len(episode.shots)):
+            messages.append({"role": "user", "content": opening + joined(self._item(episode, k, mark))})
+            messages.append(self._assistant(self._label(episode, k, mark)))
             opening = []
-            if which != QUERY:
-                messages.append(self._assistant(mark(shot.label, Span("label", 0, 0, k, None, shot.label, shot.item))))
+        messages.append({"role": "user", "content": opening + self._parts(episode.query, QUERY, episode.question, mark)})
         return messages
+
+    def _examples(self, episode: Episode, mark: Any) -> list[Message]:
+        """All exemplars as the parts of one turn, each with the end of its line."""
+        form, parts = episode.form, []
+        if form.pictures_first:
+            parts += [{"type": "image"} for shot in episode.shots for _ in shot.images]
+        for k in range(len(episode.shots)):
+            item = [part for part in self._item(episode, k, mark) if part["type"] == "text" or not form.pictures_first]
+            label = [{"type": "text", "text": self._label(episode, k, mark)}]
+            gap = [{"type": "text", "text": form.separator}] if item else []
+            parts += [*label, *gap, *item] if form.label_first else [*item, *gap, *label]
+            parts.append({"type": "text", "text": form.between})
+        return parts
+
+    def _item(self, episode: Episode, k: int, mark: Any) -> list[Message]:
+        """Pictures and texts of exemplar k, as the episode's form orders them."""
+        form = episode.form
+        parts = self._parts(episode.shots[k], k, episode.question if form.question is None else form.question, mark)
+        if form.swapped:
+            parts = [*(p for p in parts if p["type"] == "text"), *(p for p in parts if p["type"] == "image")]
+        return [{"type": "text", "text": form.before_item}, *parts] if form.before_item else parts
+
+    def _label(self, episode: Episode, k: int, mark: Any) -> str:
+        """The label of exemplar k with what stands before it."""
+        shot = episode.shots[k]
+        owner = Span("label", 0, 0, k, None, shot.label, shot.item)
+        return episode.form.lead(shot.label, episode.candidates) + mark(shot.label, owner)
 
     def _parts(self, shot: Shot, which: int, question: str, mark: Any) -> list[Message]:
         owner = Span("text", 0, 0, which, None, shot.label, shot.item)
@@ -216,6 +247,13 @@ class Template:
         return "fold"
 
     @cached_property
+    def _lifts_pictures(self) -> bool:
+        """Whether the template itself writes all pictures of a turn before its texts; it may then put spaces between the texts."""
+        turn = {"role": "user", "content": [{"type": "text", "text": chr(FIRST_MARK)}, {"type": "image"}, {"type": "text", "text": "?"}]}
+        written = self._render([turn])
+        return written.find(self.image_token) < written.find(chr(FIRST_MARK))
+
+    @cached_property
     def _ends_lines(self) -> bool:
         """Whether the processor itself ends a prompt with a line break (PaliGemma does)."""
         picture = Image.new("RGB", (28, 28))
@@ -230,13 +268,29 @@ class Template:
 
     def _lines(self, episode: Episode, mark: Any) -> str:
         lines = [mark(episode.instruction, Span("instruction", 0, 0))] if episode.instruction else []
-        for k, shot in enumerate((*episode.shots, episode.query)):
-            which = k if k < len(episode.shots) else QUERY
-            texts = [part["text"] for part in self._parts(shot, which, episode.question, mark) if part["type"] == "text"]
-            lines.append(self.image_token * len(shot.images) + "".join(texts))
-            if which != QUERY:
-                lines.append(mark(shot.label, Span("label", 0, 0, k, None, shot.label, shot.item)))
+        form = episode.form
+
+        def line(parts: Sequence[Message]) -> str:
+            return "".join(self.image_token if part["type"] == "image" else part["text"] for part in parts)
+
+        if episode.shots and form.one_turn:
+            lines.append(line(self._examples(episode, mark)).removesuffix(form.between))
+        else:
+            pairs = [line(self._item(episode, k, mark)) + form.separator + self._label(episode, k, mark) for k in range(len(episode.shots))]
+            lines += [form.between.join(pairs)] if pairs else []
+        lines.append(line(self._parts(episode.query, QUERY, episode.question, mark)))
         return "\n".join(lines) + ("" if self._ends_lines else "\n")
+
+
+def joined(parts: Sequence[Message]) -> list[Message]:
+    """Parts of a turn with neighbouring texts as one: a template may put spaces or line breaks between parts."""
+    out: list[Message] = []
+    for part in parts:
+        if out and part["type"] == "text" and out[-1]["type"] == "text":
+            out[-1] = {"type": "text", "text": out[-1]["text"] + part["text"]}
+        else:
+            out.append(part)
+    return out
 
 
 def check_texts(episode: Episode, special: Sequence[str], name: str) -> None:
@@ -249,6 +303,10 @@ def check_texts(episode: Episode, special: Sequence[str], name: str) -> None:
     for k, shot in enumerate((*episode.shots, episode.query)):
         which = f"shot {k}" if k < len(episode.shots) else "the query"
         texts |= {f"text of {which}": shot.text, f"label of {which}": shot.label}
+    form = episode.form
+    written = {"question": form.question or "", "words before an item": form.before_item, "words before a label": form.before_label}
+    written |= {"separator": form.separator, "words between": form.between, **{f"marker {k}": text for k, text in enumerate(form.markers)}}
+    texts |= {f"{what} of the form": text for what, text in written.items()}
     texts |= {f"candidate {k}": label for k, label in enumerate(episode.candidates)}
     for what, text in texts.items():
         for token in special:

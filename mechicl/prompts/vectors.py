@@ -128,6 +128,7 @@ class VectorRenderer:
         return number
 
     def _row(self, episode: Episode) -> _Row:
+        check_form(episode)
         row = _Row([], [], [], [], [])
         empty = self.labels.new_zeros(self.task.width)
         for k, shot in [*enumerate(episode.shots), (QUERY, episode.query)]:
@@ -137,14 +138,20 @@ class VectorRenderer:
                     "Make the batch with to_batch(draw(...))."
                 )
             number = self._label(shot.label)
-            role: Role = "question" if shot.blank else "text"
-            # an empty token shows nothing: it only says that a query comes
-            row.add(role, k, shot, shot.vector, shot.token)
-            if shot.second is not None:
+            example = k != QUERY
+            if example and episode.form.label_first:
+                row.add("label", k, shot, self.labels[number].to(shot.vector.device), number)
+            slots = ("first", "second") if shot.second is not None else ("first",)
+            for slot in slots[::-1] if example and episode.form.swapped else slots:
+                if slot == "first":
+                    # an empty token shows nothing: it only says that a query comes
+                    row.add("question" if shot.blank else "text", k, shot, shot.vector, shot.token)
+                    continue
+                assert shot.second is not None
                 row.second_at.append(len(row.vectors))
                 row.second.append(shot.second)
                 row.add("image", k, shot, empty.to(shot.vector.device), shot.second_token)
-            if k != QUERY:
+            if example and not episode.form.label_first:
                 row.add("label", k, shot, self.labels[number].to(shot.vector.device), number)
         return row
 
@@ -224,6 +231,19 @@ def episodes(
         places = () if position_ids is None else tuple(position_ids[i].tolist())
         found.append(VectorEpisode(tuple(shots[:-1]), shots[-1], compete, id=f"{drawn.split}-{i}", places=places))
     return found
+
+
+def check_form(episode: Episode) -> None:
+    """Refuse forms that need words, which a toy sequence does not have.
+
+    Raises:
+        RenderError: the form asks for more than another order.
+    """
+    if episode.form.worded:
+        raise RenderError(
+            f"episode {episode.id!r}: the form of a toy sequence must only change orders (label_first, swapped); got {episode.form}. "
+            "Use a vision-language model for forms with words."
+        )
 
 
 def _first_second(task: Task) -> int:
