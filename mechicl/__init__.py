@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mechicl.analysis.ablation import ablate, dose_curve
+    from mechicl.analysis.anchored import compare_strategies
     from mechicl.analysis.attribution import attribute
     from mechicl.analysis.circuit_overlap import compare_circuits
     from mechicl.analysis.circuits import circuit_curve, evaluate_circuit, find_circuit
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from mechicl.analysis.heads import attention_by_role, score_heads
     from mechicl.analysis.icl import icl_accuracy
     from mechicl.analysis.logit_lens import logit_lens
+    from mechicl.analysis.margin import contrast_margin
     from mechicl.analysis.patching import patch
     from mechicl.analysis.paths import path_patch
     from mechicl.analysis.span_knockouts import span_knockout
@@ -34,10 +36,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "compare_strategies": "mechicl.analysis.anchored",
     "compare_circuits": "mechicl.analysis.circuit_overlap",
     "circuit_curve": "mechicl.analysis.circuits",
     "evaluate_circuit": "mechicl.analysis.circuits",
     "find_circuit": "mechicl.analysis.circuits",
+    "contrast_margin": "mechicl.analysis.margin",
     "load": "mechicl.models.load",
     "HookedVLM": "mechicl.models.vlm",
     "Episode": "mechicl.prompts.episode",
@@ -66,7 +70,7 @@ _MODULES = ("data", "prompts", "models", "analysis", "training", "views", "error
 
 __all__ = [
     "Episode", "HookedVLM", "Shot", "ablate", "add_function_vector", "attention_by_role", "attribute", "circuit_curve",
-    "compare_circuits", "direct_logits", "dose_curve", "eap", "evaluate_circuit", "find_and_prove", "find_circuit", "function_vector",
+    "compare_circuits", "compare_strategies", "contrast_margin", "direct_logits", "dose_curve", "eap", "evaluate_circuit", "find_and_prove", "find_circuit", "function_vector",
     "function_vector_scores", "head_circuits", "icl_accuracy", "load", "logit_lens", "patch", "path_patch", "plot", "score_heads",
     "span_knockout", "transplant",
 ]  # fmt: skip

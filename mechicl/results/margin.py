@@ -34,6 +34,7 @@ class MarginPart:
         per_episode: [batch, layer, head].
         held_out: AUROC of the best head, chosen on one half of the episodes and measured on the other, both ways; an honest single number.
         held_out_heads: The head chosen on each half.
+        held_out_gain: held_out minus the same of attention, paired on the same episodes; None where it cannot be said, and for attention itself.
     """
 
     part: str
@@ -57,6 +58,7 @@ class MarginPart:
     per_episode: np.ndarray
     held_out: Estimate
     held_out_heads: tuple[Head, ...] = ()
+    held_out_gain: Estimate | None = None
 
     def top(self, k: int = 5, by: str = "value") -> list[Head]:
         """The k heads highest in `by` ("value", "auroc" or "rho"), best first; heads without a number never appear.
