@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -142,22 +141,48 @@ def read_kv(
     chosen = _parts(parts)
     wanted, reasons = _layers(model, chosen, layers)
     found: dict[str, list[Any]] = {part: [None] * len(wanted) for part in chosen}
-    left = {(part, layer) for part in chosen for layer in wanted if (part, layer) not in reasons}
     place = {layer: i for i, layer in enumerate(wanted)}
 
-    def keep(part: str, layer: int, values: Tensor) -> bool:
-        if (part, layer) in left:
-            got = gather(values, rows)
-            _check_finite(part, layer, got, rows)
-            found[part][place[layer]] = got.float().cpu() if reduce is None else reduce(part, layer, got, rows)
-            left.discard((part, layer))
-        return not left
+    def keep(part: str, layer: int, values: Tensor) -> None:
+        found[part][place[layer]] = values.float().cpu() if reduce is None else reduce(part, layer, values, rows)
 
-    with torch.no_grad(), _listening(model, sorted(left), keep):
-        model(batch)
+    stream_kv(model, batch, rows, [(part, layer) for layer in wanted for part in chosen if (part, layer) not in reasons], keep)
     if reduce is not None:
         return found
     return KVRows({part: _stack(found[part], part) for part in chosen}, tuple(wanted), rows, reasons)
+
+
+@torch.no_grad()
+def stream_kv(model: Any, batch: Any, rows: Rows, wanted: Sequence[tuple[str, int]], keep: Callable[[str, int, Tensor], None]) -> None:
+    """Hand over the asked rows of each (part, layer) as the forward pass reaches it, and stop the pass after the last.
+
+    Args:
+        model, batch, rows: As in `read_kv`.
+        wanted: (part, layer), all of which the model has.
+        keep: Called once with each, and its rows [batch, row, kv_head, d_head].
+
+    Raises:
+        NotFiniteError: NaN or infinity among what was read.
+    """
+    left = set(wanted)
+
+    def listen(part: str, layer: int) -> Callable[..., None]:
+        def hook(values: Tensor, hook: Any) -> None:
+            if (part, layer) in left:
+                got = gather(values, rows)
+                _check_finite(part, layer, got, rows)
+                keep(part, layer, got)
+                left.discard((part, layer))
+            if not left:
+                raise _Enough
+
+        return hook
+
+    try:
+        with model.hooks(fwd_hooks=[(f"blocks.{layer}.attn.hook_{part}", listen(part, layer)) for part, layer in wanted]):
+            model(batch)
+    except _Enough:
+        pass
 
 
 def gather(values: Float[Tensor, "batch pos kv_head d_head"], rows: Rows) -> Float[Tensor, "batch row kv_head d_head"]:
@@ -169,22 +194,6 @@ def gather(values: Float[Tensor, "batch pos kv_head d_head"], rows: Rows) -> Flo
 
 class _Enough(Exception):
     """Everything asked for has been read; the rest of the pass is not needed."""
-
-
-@contextmanager
-def _listening(model: Any, wanted: Sequence[tuple[str, int]], keep: Callable[[str, int, Tensor], bool]) -> Iterator[None]:
-    def listen(part: str, layer: int) -> Callable[..., None]:
-        def hook(values: Tensor, hook: Any) -> None:
-            if keep(part, layer, values):
-                raise _Enough
-
-        return hook
-
-    try:
-        with model.hooks(fwd_hooks=[(f"blocks.{layer}.attn.hook_{part}", listen(part, layer)) for part, layer in wanted]):
-            yield
-    except _Enough:
-        pass
 
 
 def _parts(parts: Sequence[Part]) -> tuple[str, ...]:
