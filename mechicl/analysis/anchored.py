@@ -10,10 +10,10 @@ import numpy as np
 from mechicl.analysis.binary import Marked, measure
 from mechicl.analysis.feed import provenance
 from mechicl.analysis.labels import LabelScore, check_score, predict
-from mechicl.analysis.retrieval import By, Chosen, choose, embed, same_items, similarities
+from mechicl.analysis.retrieval import By, Chosen, choose, embed_usable, same_items, similarities
 from mechicl.analysis.statistics import holm, mcnemar_p
 from mechicl.analysis.strategies import BASELINES, PROMPTED, Choose, Task, run_ways
-from mechicl.data.anchored import Negative, Plan
+from mechicl.data.anchored import Negative, Plan, makers_of
 from mechicl.errors import EpisodeError, OptionError
 from mechicl.prompts.episode import Shot
 from mechicl.results import Skipped, Strategies, StrategyScore
@@ -78,10 +78,11 @@ def compare_strategies(
     check_score(score)
     custom = custom or {}
     ways = _check(queries, pool, strategies, labels, custom, k, batch_size)
+    pairs = len(makers_of(negative, labels, plan))
     same = same_items(queries, pool)
-    chosen, notes = _choose(model, queries, pool, same, ways, labels, k, _n_pairs(negative), plan, embeddings, text, seed, progress)
+    chosen, notes, known = _choose(model, queries, pool, same, ways, labels, k, pairs, plan, embeddings, text, seed, progress)
     job = Task(queries, pool, labels, k, negative, plan, instruction, question, seed, chosen, custom, same)
-    scores, shots, reasons = run_ways(model, job, ways, score, batch_size, progress)
+    scores, shots, reasons = run_ways(model, job, ways, score, batch_size, progress, known)
     names = [query.item or str(i) for i, query in enumerate(queries)]
     kept = [i for i, reason in enumerate(reasons) if not reason]
     if not kept:
@@ -98,10 +99,6 @@ def compare_strategies(
         tuple(Skipped(names[i], reason) for i, reason in enumerate(reasons) if reason), notes,
         provenance(model, task=task, seed=seed, options=options),
     )  # fmt: skip
-
-
-def _n_pairs(negative: Any) -> int:
-    return 1 if isinstance(negative, str) or callable(negative) else max(1, len(negative))
 
 
 def _check(
@@ -134,22 +131,28 @@ def _check(
 def _choose(
     model: Any, queries: Sequence[Shot], pool: Sequence[Shot], same: np.ndarray, ways: tuple[str, ...], labels: tuple[str, str], k: int, pairs: int, plan: str,
     embeddings: Any, text: float, seed: int, progress: bool,
-) -> tuple[dict[str, Chosen], list[str]]:  # fmt: skip
-    """Which pool items each way shows to each query, and what to say about it."""
+) -> tuple[dict[str, Chosen], list[str], list[str]]:  # fmt: skip
+    """Which pool items each way shows to each query, what to say about it, and why queries have no vector ("": they do).
+
+    Pool items without a vector are closed to all in `same`, in place.
+    """
     kinds: dict[str, By] = {"random": "random", "retrieved": "most similar", "least similar": "least similar"}
     asked = [way for way in kinds if way in ways or (way == "retrieved" and {"majority", "copy"} & set(ways))]
     borrowed = "anchored:borrowed" in ways or ("anchored" in ways and plan == "borrowed")
     if not asked and not borrowed:
-        return {}, []
+        return {}, [], [""] * len(queries)
     if borrowed and not pool:
         raise OptionError("pool must hold positive items for plan 'borrowed'; got none. Give some, or choose another plan.")
     alike = np.zeros((len(queries), len(pool)))
-    notes = []
+    notes, reasons = [], [""] * len(queries)
     if borrowed or set(asked) - {"random"}:
         given = embeddings if isinstance(embeddings, tuple) else (embeddings if embeddings is not None else model,) * 2
-        one = embed(given[0], queries, what="embedding queries", progress=progress)
-        two = embed(given[1], pool, what="embedding the pool", progress=progress)
+        one, reasons = embed_usable(given[0], queries, what="embedding queries", progress=progress)
+        two, unusable = embed_usable(given[1], pool, what="embedding the pool", progress=progress)
         alike = similarities(one, two, text=text)
+        if any(unusable):
+            same[:, [bool(reason) for reason in unusable]] = True
+            notes.append(f"{sum(map(bool, unusable))} of {len(pool)} pool items are never shown ({next(filter(None, unusable))}).")
         notes.append(f"Likeness by {two.source}, text weighted {text:g}.")
     found = {way: choose(alike, k, kinds[way], seed=seed, forbidden=same) for way in asked}
     if borrowed:
@@ -159,7 +162,7 @@ def _choose(
     twins = sum(query.text in set(texts) for query in queries if query.text)
     if twins:
         notes.append(f"{twins} of {len(queries)} queries share their text with an item of the pool.")
-    return found, notes
+    return found, notes, reasons
 
 
 def _mark(

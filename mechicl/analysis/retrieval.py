@@ -11,12 +11,14 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from mechicl.analysis.feed import progress_bar
-from mechicl.errors import EpisodeError, OptionError
+from mechicl.errors import ContextLengthError, EpisodeError, ImageError, OptionError, RenderError
 from mechicl.models.embeddings import Embedder, Embeddings, OwnEmbedder
 from mechicl.prompts.episode import Shot
 
 By = Literal["most similar", "random", "least similar"]
 
+REFUSALS = (RenderError, ContextLengthError, ImageError, EpisodeError)
+"""What leaves a single item out, by name, instead of ending a run."""
 CHUNK = 32
 """Items embedded between two steps of the progress bar."""
 
@@ -42,22 +44,55 @@ def embed(source: Any, shots: Sequence[Shot], *, what: str = "embedding items", 
     Raises:
         EpisodeError: no items, or not as many rows as items.
     """
+    found, reasons = embed_usable(source, shots, what=what, progress=progress)
+    bad = next((k for k, reason in enumerate(reasons) if reason), None)
+    if bad is not None:
+        raise EpisodeError(f"every item must be embeddable; item {shots[bad].item or bad} is not ({reasons[bad]}). Leave it out.")
+    return found
+
+
+def embed_usable(
+    source: Any, shots: Sequence[Shot], *, what: str = "embedding items", progress: bool = False
+) -> tuple[Embeddings, list[str]]:
+    """`embed` where an item that cannot be embedded (a control token in its text, a damaged picture) costs itself only.
+
+    Returns:
+        Vectors, zeros for such items; for each item why it has none ("": it has).
+
+    Raises:
+        EpisodeError: no items, not as many rows as items, or none that can be embedded.
+    """
     if isinstance(source, np.ndarray):
         source = Embeddings(source.astype(np.float64), np.zeros((len(source), 0)), "given array")
     if isinstance(source, Embeddings):
         if len(source) != len(shots):
             raise EpisodeError(f"embeddings must be one row per item ({len(shots)}); got {len(source)}. Embed these very items.")
-        return source
-    embedder: Embedder = source if not hasattr(source, "render") else OwnEmbedder(source)
+        return source, [""] * len(shots)
     if not shots:
         raise EpisodeError("shots must be a non-empty list; got none. Give the items to embed.")
-    parts, bar = [], progress_bar(None, total=len(shots), what=what, show=progress)
+    embedder: Embedder = source if not hasattr(source, "render") else OwnEmbedder(source)
+    reasons, parts, bar = [""] * len(shots), [], progress_bar(None, total=len(shots), what=what, show=progress)
     for start in range(0, len(shots), CHUNK):
-        part = embedder(shots[start : start + CHUNK])
-        parts.append(part)
-        bar.update(len(part))
+        chunk = shots[start : start + CHUNK]
+        try:
+            parts.append(embedder(chunk))
+        except REFUSALS:
+            parts += [_alone(embedder, shot, start + k, reasons) for k, shot in enumerate(chunk)]
+        bar.update(len(chunk))
     bar.close()
-    return _join(parts)
+    if all(reasons):
+        raise EpisodeError(
+            f"at least one item must be embeddable; none of {len(shots)} is ({reasons[0]}). Give items with pictures or texts."
+        )
+    return _join(parts), reasons
+
+
+def _alone(embedder: Embedder, shot: Shot, k: int, reasons: list[str]) -> Embeddings:
+    try:
+        return embedder([shot])
+    except REFUSALS as error:
+        reasons[k] = str(error)
+        return Embeddings(np.zeros((1, 0)), np.zeros((1, 0)))
 
 
 def _join(parts: Sequence[Embeddings]) -> Embeddings:
@@ -66,13 +101,13 @@ def _join(parts: Sequence[Embeddings]) -> Embeddings:
         width = max(block.shape[1] for block in blocks)  # 0 in a part where no item has a picture (or a text)
         return np.concatenate([block if block.shape[1] else np.zeros((len(block), width)) for block in blocks])
 
-    return Embeddings(column("image"), column("text"), parts[0].source)
+    return Embeddings(column("image"), column("text"), next((part.source for part in parts if part.source), ""))
 
 
 def similarities(queries: Embeddings, pool: Embeddings, *, text: float = 0.5, centre: bool = True) -> Float[np.ndarray, "query item"]:
     """How alike queries and items are: cosine of the pictures and cosine of the texts, weighted; where a pair lacks one of the two, the other alone.
 
-    Cosine of unit vectors put end to end, [text; image], which is what the authors' nearby code retrieves by, is the same with equal weights.
+    With equal weights this is the cosine of [text; image], two unit vectors put end to end.
 
     Args:
         queries, pool: Of one source.

@@ -11,9 +11,9 @@ import numpy as np
 
 from mechicl.analysis.feed import progress_bar
 from mechicl.analysis.labels import LabelScore, answer
-from mechicl.analysis.retrieval import Chosen
+from mechicl.analysis.retrieval import REFUSALS, Chosen
 from mechicl.data.anchored import HIDDEN, Plan, anchored
-from mechicl.errors import ContextLengthError, EpisodeError, ImageError, RenderError
+from mechicl.errors import EpisodeError
 from mechicl.prompts.episode import Episode, Shot
 
 PROMPTED = ("zero-shot", "random", "retrieved", "least similar", "anchored")
@@ -21,9 +21,6 @@ PROMPTED = ("zero-shot", "random", "retrieved", "least similar", "anchored")
 BASELINES = ("majority", "copy", "prior")
 """Ways without a model. majority: the label that most of the retrieved examples have (a vote of nearest neighbours). copy: the label of the single
 nearest one. prior: the pool's more frequent label. Ties are decided by a seeded coin."""
-REFUSALS = (RenderError, ContextLengthError, ImageError, EpisodeError)
-"""What leaves a single query out, by name, instead of ending the run."""
-
 Choose = Callable[[Shot, Sequence[Shot]], Sequence[Shot]]
 """A user's way: (query with its label hidden, the pool) -> the examples to show, in order."""
 
@@ -86,13 +83,12 @@ def _mixed(seed: int, i: int) -> int:
 
 
 def run_ways(
-    model: Any, job: Task, ways: tuple[str, ...], score: LabelScore, batch_size: int, progress: bool
+    model: Any, job: Task, ways: tuple[str, ...], score: LabelScore, batch_size: int, progress: bool, reasons: list[str]
 ) -> tuple[dict[str, np.ndarray], dict[str, float], list[str]]:
-    """Scores of every way [batch], NaN where a query cannot be asked; examples shown on average; why each query is left out ("": it is not)."""
+    """Scores of every way [batch], NaN where a query cannot be asked; examples shown on average; why each query is left out ("": it is not; `reasons` has those known already)."""
     n = len(job.queries)
     scores = {way: job.votes(way) if way in BASELINES else np.full(n, np.nan) for way in ways}
     shots = {way: float({"majority": job.k, "copy": 1, "prior": 0}.get(way, 0)) for way in ways}
-    reasons = [""] * n
     prompted = [way for way in ways if way not in BASELINES]
     bar = progress_bar(None, total=n * len(prompted), what="asking queries", show=progress)
     for way in prompted:

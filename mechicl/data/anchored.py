@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -34,6 +34,7 @@ HIDDEN = "?"
 GREY = (128, 128, 128)
 
 
+@runtime_checkable
 class Negative(Protocol):
     """Makes the negative of a query: an item that shares its text or its picture and should not have the positive label.
 
@@ -117,14 +118,19 @@ def anchored(
         OptionError: an option that does not exist, or "borrowed" without enough positive items.
         EpisodeError: the query lacks text or picture, or a negative cannot be made, or is the query itself, or shares nothing with it.
     """
-    low, high = _check(query, labels, plan, id)
+    makers = makers_of(negative, labels, plan)
+    low, high = labels
+    if not query.text or not query.images:
+        raise EpisodeError(
+            f"query {id or query.item!r} must have a text, which is the anchor, and a picture; it lacks {'a picture' if query.text else 'a text'}. "
+            "Use another strategy for it."
+        )
     draw = np.random.default_rng([seed, 6])
     blind = replace(query, label=HIDDEN)
-    makers = [negative] if isinstance(negative, str) or callable(negative) else list(negative)
-    negatives = [_make(_named(maker, low), blind, others, draw, id) for maker in makers]
-    if not negatives or (plan == "borrowed" and len(positives) < len(negatives)):
+    negatives = [_make(maker, blind, others, draw, id) for maker in makers]
+    if plan == "borrowed" and len(positives) < len(negatives):
         raise OptionError(
-            f"negative must be at least one maker, with plan 'borrowed' a positive item for each; got {len(negatives)} and {len(positives)} items. Give them."
+            f"positives must be an item for each of {len(negatives)} pairs with plan 'borrowed'; got {len(positives)}. Give labelled positive items."
         )
     shots: list[Shot] = []
     for k, twin in enumerate(negatives):
@@ -151,16 +157,20 @@ def same_pictures(a: Shot, b: Shot) -> bool:
     return all(x is y or (x.size == y.size and x.mode == y.mode and x.tobytes() == y.tobytes()) for x, y in pairs)
 
 
-def _check(query: Shot, labels: tuple[str, str], plan: str, name: str) -> tuple[str, str]:
+def makers_of(negative: str | Negative | Sequence[str | Negative], labels: tuple[str, str], plan: str) -> list[Negative]:
+    """The makers of negatives, one per pair, after all that can be refused without a query.
+
+    Raises:
+        OptionError: a plan or a maker that does not exist, no maker, or labels that are not two.
+    """
     if plan not in get_args(Plan):
         raise OptionError(f"plan must be one of {', '.join(get_args(Plan))}; got {plan!r}. both is the default.")
     if len(labels) != 2 or labels[0] == labels[1]:
         raise OptionError(f"labels must be (negative, positive), two different words; got {labels}. Give both.")
-    if not query.text or not query.images:
-        raise EpisodeError(
-            f"query {name or query.item!r} must have a text, which is the anchor, and a picture; it lacks {'a picture' if query.text else 'a text'}. Use another strategy for it."
-        )
-    return labels[0], labels[1]
+    makers = [negative] if isinstance(negative, str) or callable(negative) else list(negative)
+    if not makers:
+        raise OptionError("negative must be at least one maker of negatives; got none. neutral needs nothing.")
+    return [_named(maker, labels[0]) for maker in makers]
 
 
 def _named(maker: str | Negative, low: str) -> Negative:

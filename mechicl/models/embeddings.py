@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ class Embeddings:
         return Embeddings(self.image[index], self.text[index], self.source)
 
 
+@runtime_checkable
 class Embedder(Protocol):
     """Anything that turns items into vectors."""
 
