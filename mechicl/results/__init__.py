@@ -18,7 +18,7 @@ from mechicl.results.circuits import (
     MethodRecovery,
     NodeGap,
 )
-from mechicl.results.factors import ConditionRow, ConditionTable, FactorShares, MixedEffects, TaskEffects
+from mechicl.results.factors import ConditionRow, ConditionTable, Decomposition, FactorShares, MixedEffects, TaskEffects
 from mechicl.results.heads import HeadScores, PromptView, RoleAttention, Score
 from mechicl.results.margin import ContrastMap, ContrastMargin, MarginEffect, MarginPart
 from mechicl.results.nodes import Edge, Receiver, Sender
@@ -48,6 +48,7 @@ __all__ = [
     "ContrastMargin",
     "Copying",
     "Correlations",
+    "Decomposition",
     "DoseCurve",
     "Edge",
     "EdgeLoss",

@@ -12,6 +12,40 @@ from mechicl.results.base import Estimate, Provenance, Skipped
 
 
 @dataclass(frozen=True, eq=False)
+class Decomposition:
+    """Variation of vectors over the runs of an experiment, split over its factors; see `mechicl.analysis.shares.decompose`.
+
+    Attributes:
+        sources: The factors, "interaction", "residual".
+        squares: Sums of squares [batch, ...] of every source and "total".
+        shares: source -> share [...]; over the sources they sum to one; NaN where nothing varies.
+        low, high: 95 % bootstrap intervals over episodes.
+        null: factor -> mean share with its levels exchanged.
+        p: factor -> one-sided permutation p [...].
+        n: Episodes.
+    """
+
+    sources: tuple[str, ...]
+    squares: Mapping[str, np.ndarray]
+    shares: Mapping[str, np.ndarray]
+    low: Mapping[str, np.ndarray]
+    high: Mapping[str, np.ndarray]
+    null: Mapping[str, np.ndarray]
+    p: Mapping[str, np.ndarray]
+    n: int
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per cell and source."""
+        rows = []
+        for source in self.sources:
+            for cell in np.ndindex(*self.shares[source].shape):
+                tests = {"null": self.null[source][cell], "p": self.p[source][cell]} if source in self.p else {}
+                rows.append({"cell": cell, "source": source, "share": self.shares[source][cell], "low": self.low[source][cell],
+                             "high": self.high[source][cell], **tests, "n": self.n})  # fmt: skip
+        return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True, eq=False)
 class FactorShares:
     """Which factor of the examples moves the query's keys and values, as shares of the variation over conditions. Our own definition (see `docs/factors.md`).
 
@@ -27,7 +61,7 @@ class FactorShares:
         sources: Keys of `shares`: the factors, "interaction", "residual".
         shares: Share of the variation over conditions within episodes, summed over episodes; over the sources they sum to one.
         low, high: 95 % bootstrap intervals over episodes.
-        null: Mean share with the factor's levels exchanged within episodes; of the factors and the interaction. A share is above nought by itself.
+        null: factor -> mean share with its levels exchanged within episodes: a share is above nought by itself. The interaction and the residual have none.
         p, p_corrected: One-sided permutation p of a factor's share, and corrected over all cells (Holm).
         moved: Size of the variation over conditions against the query's own key or value without examples, a ratio of lengths.
         common: Size of the shift that all conditions share (what any example does, whatever it says), the same unit.
