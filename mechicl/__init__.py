@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mechicl.analysis.head_circuits import head_circuits
     from mechicl.analysis.heads import attention_by_role, score_heads
     from mechicl.analysis.icl import icl_accuracy
+    from mechicl.analysis.kv_shift import kv_shift
     from mechicl.analysis.logit_lens import logit_lens
     from mechicl.analysis.margin import contrast_margin
     from mechicl.analysis.patching import patch
@@ -60,6 +61,7 @@ _HOMES = {
     "logit_lens": "mechicl.analysis.logit_lens",
     "head_circuits": "mechicl.analysis.head_circuits",
     "find_and_prove": "mechicl.analysis.study",
+    "kv_shift": "mechicl.analysis.kv_shift",
     "patch": "mechicl.analysis.patching",
     "path_patch": "mechicl.analysis.paths",
     "span_knockout": "mechicl.analysis.span_knockouts",
@@ -71,7 +73,7 @@ _MODULES = ("data", "prompts", "models", "analysis", "training", "views", "error
 __all__ = [
     "Episode", "HookedVLM", "Shot", "ablate", "add_function_vector", "attention_by_role", "attribute", "circuit_curve",
     "compare_circuits", "compare_strategies", "contrast_margin", "direct_logits", "dose_curve", "eap", "evaluate_circuit", "find_and_prove", "find_circuit", "function_vector",
-    "function_vector_scores", "head_circuits", "icl_accuracy", "load", "logit_lens", "patch", "path_patch", "plot", "score_heads",
+    "function_vector_scores", "head_circuits", "icl_accuracy", "kv_shift", "load", "logit_lens", "patch", "path_patch", "plot", "score_heads",
     "span_knockout", "transplant",
 ]  # fmt: skip
 

@@ -68,7 +68,9 @@ def cka_interval(x: Float[np.ndarray, "batch d"], y: Float[np.ndarray, "batch e"
     if np.isnan(value):
         return np.nan, np.nan, np.nan, np.nan
     left_out = _ratio_without_each(grams)
-    error = np.sqrt((n - 1) / n * np.nansum((left_out - np.nanmean(left_out)) ** 2))
+    if np.isnan(left_out).any():
+        return value, np.nan, np.nan, np.nan
+    error = np.sqrt((n - 1) / n * ((left_out - left_out.mean()) ** 2).sum())
     draw = np.random.default_rng([seed, 7])
     shuffled = []
     for _ in range(N_NULL):
@@ -76,6 +78,9 @@ def cka_interval(x: Float[np.ndarray, "batch d"], y: Float[np.ndarray, "batch e"
         shuffled.append(_ratio((grams[0], grams[1][np.ix_(order, order)])))
     return value, value - 1.96 * error, value + 1.96 * error, float(np.mean(shuffled))
 
+
+ROUNDING = 1e-5
+"""Spread over episodes, relative to the vectors' size, that is float32 rounding: the same token in every episode has no geometry."""
 
 Grams = tuple[np.ndarray, np.ndarray]
 
@@ -85,9 +90,8 @@ def _grams(x: np.ndarray, y: np.ndarray) -> Grams:
     found = []
     for rows in (x, y):
         centred = np.asarray(rows, dtype=np.float64) - np.mean(rows, 0)
-        # an episode's own vector says nothing about its place among the others; rounding alone is no spread
         gram = centred @ centred.T
-        if np.trace(gram) <= 1e-20 * max(1.0, float(np.square(rows).sum())):
+        if np.trace(gram) <= ROUNDING**2 * float(np.square(rows).sum()):
             gram = np.zeros_like(gram)
         np.fill_diagonal(gram, 0.0)
         found.append(gram)

@@ -138,8 +138,8 @@ def read_kv(
         NotFiniteError: NaN or infinity among what was read.
     """
     rows = rows_of(batch, where)
-    chosen = _parts(parts)
-    wanted, reasons = _layers(model, chosen, layers)
+    chosen = check_parts(parts)
+    wanted, reasons = readable_layers(model, chosen, layers)
     found: dict[str, list[Any]] = {part: [None] * len(wanted) for part in chosen}
     place = {layer: i for i, layer in enumerate(wanted)}
 
@@ -196,14 +196,20 @@ class _Enough(Exception):
     """Everything asked for has been read; the rest of the pass is not needed."""
 
 
-def _parts(parts: Sequence[Part]) -> tuple[str, ...]:
+def check_parts(parts: Sequence[str]) -> tuple[str, ...]:
+    """The parts. Raises OptionError for one that does not exist."""
     if not parts or any(part not in get_args(Part) for part in parts) or len(set(parts)) < len(parts):
         raise OptionError(f'parts must be some of "k" and "v", each once; got {tuple(parts)}. "k" is keys before RoPE, "v" values.')
     return tuple(parts)
 
 
-def _layers(model: Any, parts: Sequence[str], layers: Sequence[int] | None) -> tuple[list[int], dict[tuple[str, int], str]]:
-    """Layers to read, and why some have nothing."""
+def readable_layers(model: Any, parts: Sequence[str], layers: Sequence[int] | None) -> tuple[list[int], dict[tuple[str, int], str]]:
+    """Layers to read, and why some have nothing.
+
+    Raises:
+        OptionError: a layer that the model does not have.
+        UnsupportedModelError: a layer asked for by number has no keys or values of the prompt's tokens, or none has.
+    """
     n = model.cfg.n_layers
     wanted = list(range(n)) if layers is None else [int(layer) for layer in layers]
     if not wanted or not set(wanted) <= set(range(n)) or len(set(wanted)) < len(wanted):
