@@ -333,3 +333,4 @@ def test_the_page_about_attribution_runs() -> None:
         for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
             exec(compile(block, "attribution.md", "exec"), {})
     assert "cells run exactly: Pearson 0.9" in out.getvalue()
+    assert "edges run exactly" in out.getvalue()

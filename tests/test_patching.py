@@ -17,7 +17,7 @@ from transformer_lens import patching as theirs
 import mechicl
 from mechicl.analysis import patch_job, patch_run
 from mechicl.analysis.patch_cells import SITES
-from mechicl.analysis.patching import cost, patch
+from mechicl.analysis.patching import cost, patch, print_cost
 from mechicl.data import concepts
 from mechicl.errors import EpisodeError, OptionError, UnsupportedModelError
 from mechicl.models.planted import planted_induction, untrained
@@ -299,6 +299,14 @@ def test_the_preview_counts_what_will_run() -> None:
     assert preview.seconds > 0
     assert preview.gigabytes > 0
     assert "50 cells x 12 episodes" in str(preview)
+
+
+def test_the_cost_is_said_on_stderr_because_it_is_no_result(capsys: pytest.CaptureFixture[str]) -> None:
+    found, pairs = planted()
+    print_cost(cost(found.model, pairs, sites="z", by="head"))
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("patching: ")
 
 
 def test_numbers_that_cannot_be_trusted_say_so() -> None:

@@ -123,6 +123,9 @@ def test_without_places_columns_are_heads() -> None:
     drawing = graph.arrange(list(samples.circuit().edges), MODEL, {})
     assert not drawing.by_place
     assert drawing.at["1.0"][0] < drawing.at["1.1"][0]
+    nowhere = replace(CURVE, places={}, circuit=replace(samples.circuit(), places={}))
+    assert "columns: heads" in plot(nowhere).layout.title.subtitle.text
+    assert "columns: the span a head acts at" in plot(CURVE).layout.title.subtitle.text
 
 
 def test_shared_keys_and_values_are_one_node_tied_to_the_heads_that_share_it() -> None:

@@ -61,6 +61,7 @@ def agree(
     *,
     n_possible: int,
     k: int | None = None,
+    cells: str = "cells",
 ) -> Agreement:
     """An approximation beside the exact numbers.
 
@@ -71,6 +72,7 @@ def agree(
         random: True where the cell was drawn at random (not because the approximation ranks it high), [cell].
         n_possible: How many cells there are in all.
         k: Size of the tops compared; default 10, or a quarter of the cells where there are fewer than 40.
+        cells: What they are called in words, e.g. "edges".
 
     Raises:
         OptionError: the arrays are not one number per cell, or k is out of range.
@@ -90,7 +92,7 @@ def agree(
     return Agreement(
         names=tuple(names), exact=x, approximate=y, random=drawn, pearson=correlation(x, y), pearson_random=correlation(x[drawn], y[drawn]),
         spearman=correlation(ranks(x), ranks(y)), slope=float(x @ y) / norm if norm > 0 else float("nan"), k=k, overlap=shared / k,
-        chance=expected / k, p=p, n_possible=n_possible,
+        chance=expected / k, p=p, n_possible=n_possible, cells=cells,
     )  # fmt: skip
 
 

@@ -249,5 +249,6 @@ def _agreement(
     changed = edges_exactly(model, pairs, chosen, direction, batch_size=batch_size, progress=progress)
     sign = 1.0 if direction == "denoise" else -1.0
     return agree(
-        [edge.name for edge in chosen], sign * changed.mean(0) / gap(*ends), [value[i, j] for i, j in where], drawn, n_possible=int((~np.isnan(value)).sum())
+        [edge.name for edge in chosen], sign * changed.mean(0) / gap(*ends), [value[i, j] for i, j in where], drawn, n_possible=int((~np.isnan(value)).sum()),
+        cells="edges",
     )  # fmt: skip

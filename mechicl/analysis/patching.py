@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -194,10 +195,13 @@ def _keep_ends(ends: tuple[np.ndarray, np.ndarray], rows: Sequence[int], raw: Ma
 
 
 def print_cost(estimate: PatchCost, write: Callable[[str], None] | None = None) -> None:
-    """Say what a sweep will take, above the bar."""
+    """Say what a sweep will take, above the bar, on stderr."""
     from tqdm.auto import tqdm
 
-    (write or tqdm.write)(f"patching: {estimate}")
+    if write is not None:
+        write(f"patching: {estimate}")
+    else:
+        tqdm.write(f"patching: {estimate}", file=sys.stderr)  # it is no result
 
 
 def _gap(clean: np.ndarray, corrupt: np.ndarray, unit: str, seed: int) -> list[str]:

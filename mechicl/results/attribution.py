@@ -22,7 +22,8 @@ class Agreement:
     was drawn at random, False where it was taken because the approximation ranks it high (cells chosen so are too good or too bad by selection, so
     read `pearson_random` where there are enough). `pearson` and `spearman` are over all cells run exactly. `overlap`: share of the `k` largest cells by exact
     magnitude that are also among the `k` largest by the approximation; `chance`: what two unrelated rankings of these cells would share on average; `p`:
-    hypergeometric, one-sided. `slope`: least-squares, exact = slope * approximate (1: the sizes are right, not only the order).
+    hypergeometric, one-sided. `slope`: least-squares, exact = slope * approximate (1: the sizes are right, not only the order). `cells`: what they are
+    called, "cells" or "edges".
     """
 
     names: tuple[str, ...]
@@ -38,6 +39,7 @@ class Agreement:
     chance: float
     p: float
     n_possible: int
+    cells: str = "cells"
 
     @property
     def n_cells(self) -> int:
@@ -50,7 +52,7 @@ class Agreement:
 
     def __str__(self) -> str:
         return (
-            f"{self.n_cells} of {self.n_possible} cells run exactly: Pearson {self.pearson:.2f}, Spearman {self.spearman:.2f}, "
+            f"{self.n_cells} of {self.n_possible} {self.cells} run exactly: Pearson {self.pearson:.2f}, Spearman {self.spearman:.2f}, "
             f"top {self.k} share {self.overlap:.2f} (chance {self.chance:.2f}, p = {self.p:.2g})"
         )
 

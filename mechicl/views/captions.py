@@ -177,7 +177,7 @@ def _idle(effects: PatchEffects) -> str:
 
 def about_curve(curve: CircuitCurve) -> Words:
     return Words(
-        f"The edges in the order of their score ({curve.scored_by}); the slider adds them one after another. Heads stand in the column of the span they act at, layers go upwards; the wider a line, the "
+        f"The edges in the order of their score ({curve.scored_by}); the slider adds them one after another. Heads stand in the column of the span they act at (of their own number where that is not known), layers go upwards; the wider a line, the "
         "higher its score; a minus marks an edge that speaks against the answer; pale edges lead nowhere yet. Right: how much of the model's answer these edges alone bring back, everything else running on the corrupt prompt.",
         "The order comes from gradients, so an early edge can be useless and a late one needed. Faithfulness can pass 1 when what opposes the answer is left out. The graph of a model with "
         "redundant heads shows all of them.",

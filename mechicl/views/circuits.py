@@ -97,9 +97,10 @@ def circuit_slider(curve: CircuitCurve, *, max_edges: int = MAX_EDGES) -> Spec:
         "title": {"text": "faithfulness"},
         "zeroline": False,
     }
+    columns = "the span a head acts at" if graph.by_place(drawn, model, places) else "heads"
     layout["title"] = {
         "text": f"<b>The circuit, edge by edge</b> (scored by {words(curve.scored_by)})",
-        "subtitle": {"text": f"{metric_words(curve.metric)}, n = {curve.n} pairs, bootstrap 95 % · columns: the span a head acts at; a line's width: its score{beyond}"},
+        "subtitle": {"text": f"{metric_words(curve.metric)}, n = {curve.n} pairs, bootstrap 95 % · columns: {columns}; a line's width: its score{beyond}"},
     }  # fmt: skip
     return spec
 

@@ -122,12 +122,12 @@ def arrange(edges: Sequence[Edge], model: Model, places: Mapping[str, str]) -> D
     used = sorted({layer for kind, layer, _ in nodes.values() if kind in ("head", "kv", "mlp")})
     row = {layer: k for k, layer in enumerate(used)}
     heads = {name: (layer, head) for name, (kind, layer, head) in nodes.items() if kind == "head"}
-    by_place = any(places.get(name) for name in heads)
-    column_of = {name: (places.get(name) or "elsewhere") if by_place else str(head) for name, (_, head) in heads.items()}
+    spans = by_place(edges, model, places)
+    column_of = {name: (places.get(name) or "elsewhere") if spans else str(head) for name, (_, head) in heads.items()}
     at: dict[str, tuple[float, float]] = {}
     columns: list[tuple[float, str, float, float]] = []
     left = 0.0
-    for column in sorted(set(column_of.values()), key=_rank if by_place else int):
+    for column in sorted(set(column_of.values()), key=_rank if spans else int):
         inside = {k: sorted(n for n in heads if column_of[n] == column and heads[n][0] == k) for k in used}
         widest = max(len(names) for names in inside.values())
         middle = left + widest / 2
@@ -135,7 +135,7 @@ def arrange(edges: Sequence[Edge], model: Model, places: Mapping[str, str]) -> D
             for k, name in enumerate(sorted(names, key=lambda n: heads[n][1])):
                 at[name] = (middle + k - (len(names) - 1) / 2, float(row[layer]))
         columns.append((middle, column, left, left + widest))
-        left += widest + (0.35 if by_place else 0.0)
+        left += widest + (0.35 if spans else 0.0)
     if any(kind == "mlp" for kind, _, _ in nodes.values()):
         columns.append((left + 0.5, MLPS, left, left + 1.0))
         at |= {name: (left + 0.5, row[layer] + 0.45) for name, (kind, layer, _) in nodes.items() if kind == "mlp"}
@@ -147,7 +147,12 @@ def arrange(edges: Sequence[Edge], model: Model, places: Mapping[str, str]) -> D
             mine = [at[h][0] for h, (l, q) in heads.items() if l == layer and model.group(q) == head]
             at[name] = (float(np.mean(mine)) if mine else centre, row[layer] - 0.36)
     rows = [(-1.0, ""), *((float(k), str(layer)) for layer, k in row.items())]
-    return Drawing({name: at[name] for name in nodes}, tuple(columns), tuple(rows), by_place)
+    return Drawing({name: at[name] for name in nodes}, tuple(columns), tuple(rows), spans)
+
+
+def by_place(edges: Sequence[Edge], model: Model, places: Mapping[str, str]) -> bool:
+    """Whether columns are spans: some head of these edges has a place. Else they are head numbers."""
+    return any(places.get(name) for name, (kind, _, _) in nodes_of(edges, model).items() if kind == "head")
 
 
 def _rank(place: str) -> tuple[int, str]:

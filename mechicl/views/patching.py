@@ -146,7 +146,7 @@ def agreement_panel(agreement: Agreement, name: str) -> Panel:
         traces,
         x,
         {"title": {"text": "exact"}, "range": limits, "zeroline": True},
-        f"<b>{agreement.n_cells} of {agreement.n_possible} cells run exactly</b><br>{said}",
+        f"<b>{agreement.n_cells} of {agreement.n_possible} {words(agreement.cells)} run exactly</b><br>{said}",
         280,
         70,
         56,
