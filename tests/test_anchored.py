@@ -27,6 +27,7 @@ from mechicl.data.memes_made import draw_memes
 from mechicl.errors import EpisodeError, NotFiniteError, OptionError
 from mechicl.models.vlm import HookedVLM
 from mechicl.prompts.episode import Episode, Shot
+from mechicl.prompts.form import Form
 from mechicl.results import Strategies
 
 Organism = Callable[..., tuple[Any, Any]]
@@ -294,8 +295,22 @@ def test_every_way_runs_on_a_tiny_checkpoint_and_says_what_it_did(organism: Orga
     assert len(found.answers_frame()) == 8 * len(EVERY)
     assert found.provenance.task == "made"
     assert any("Likeness by" in note for note in found.notes)
-    with pytest.raises(KeyError, match="zero-shot"):
+    with pytest.raises(OptionError, match="zero-shot"):
         found["none"]
+
+
+def test_examples_may_be_written_in_another_form(organism: Organism) -> None:
+    model = hooked(organism, "llava")
+    pool, queries = made(4)
+    form, ways = Form(turns="one"), ("zero-shot", "retrieved", "anchored")
+    plain = compare_strategies(model, queries, pool, ways, labels=LABELS, k=1, progress=False)
+    other = compare_strategies(model, queries, pool, ways, labels=LABELS, k=1, form=form, progress=False)
+    assert other["zero-shot"].scores == pytest.approx(plain["zero-shot"].scores, abs=1e-6)  # there is nothing to write otherwise
+    for way in ("retrieved", "anchored"):
+        assert np.abs(other[way].scores - plain[way].scores).max() > 1e-5
+    (only,) = anchored(queries[0], LABELS, plan="negative", form=form, seed=int(np.random.SeedSequence([0, 0]).generate_state(1)[0]))
+    assert only.form is form
+    assert "turns='one'" in str(other.provenance.options["form"])
 
 
 def test_baselines_vote_as_counted_by_hand(organism: Organism) -> None:
@@ -422,4 +437,4 @@ def test_the_python_of_the_page_runs() -> None:
             exec(compile(block, "anchored.md", "exec"), space)
     assert "zero-shot" in out.getvalue()
     assert "train: 40 lines, 20 positive" in out.getvalue()
-    assert space["rows"].shape == (40, 2)  # type: ignore[attr-defined]
+    assert space["rows"].shape == (24, 2)  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ from mechicl.analysis.strategies import BASELINES, PROMPTED, Choose, Task, run_w
 from mechicl.data.anchored import Negative, Plan, makers_of
 from mechicl.errors import EpisodeError, OptionError
 from mechicl.prompts.episode import Shot
+from mechicl.prompts.form import PLAIN, Form
 from mechicl.results import Skipped, Strategies, StrategyScore
 
 NEED_POOL = ("random", "retrieved", "least similar", *BASELINES)
@@ -36,6 +37,7 @@ def compare_strategies(
     text: float = 0.5,
     instruction: str = "",
     question: str = "",
+    form: Form = PLAIN,
     score: LabelScore = "full",
     baseline: str = "zero-shot",
     seed: int = 0,
@@ -59,7 +61,7 @@ def compare_strategies(
         custom: Ways of your own by name, see `Choose`. The query's label is hidden from them.
         embeddings: What tells likeness: None for the model's own, an `Embedder` such as `load_clip(folder)`, or (queries, pool), two arrays.
         text: Weight of the text beside the picture in likeness.
-        instruction, question: As in an Episode.
+        instruction, question, form: As in an Episode; `Form(turns="one")` with k = 1 is the layout of the authors' nearby code.
         score: What decides between labels: "full", "mean_token", "first_token".
         baseline: What the others are compared to.
         seed: Decides random examples, anchored pairs, ties and resampling.
@@ -81,7 +83,7 @@ def compare_strategies(
     pairs = len(makers_of(negative, labels, plan))
     same = same_items(queries, pool)
     chosen, notes, known = _choose(model, queries, pool, same, ways, labels, k, pairs, plan, embeddings, text, seed, progress)
-    job = Task(queries, pool, labels, k, negative, plan, instruction, question, seed, chosen, custom, same)
+    job = Task(queries, pool, labels, k, negative, plan, instruction, question, form, seed, chosen, custom, same)
     scores, shots, reasons = run_ways(model, job, ways, score, batch_size, progress, known)
     names = [query.item or str(i) for i, query in enumerate(queries)]
     kept = [i for i, reason in enumerate(reasons) if not reason]
@@ -91,7 +93,7 @@ def compare_strategies(
         )
     options = {
         "strategies": list(ways), "k": k, "negative": str(negative) if isinstance(negative, str) else "custom", "plan": plan, "text": text,
-        "score": score, "batch_size": batch_size, "instruction": instruction, "question": question, "pool": len(pool),
+        "score": score, "batch_size": batch_size, "instruction": instruction, "question": question, "form": str(form), "pool": len(pool),
     }  # fmt: skip
     return _mark(
         {way: values[kept] for way, values in scores.items()}, {way: shots[way] for way in ways},

@@ -15,6 +15,7 @@ from mechicl.analysis.retrieval import REFUSALS, Chosen
 from mechicl.data.anchored import HIDDEN, Plan, anchored
 from mechicl.errors import EpisodeError
 from mechicl.prompts.episode import Episode, Shot
+from mechicl.prompts.form import Form
 
 PROMPTED = ("zero-shot", "random", "retrieved", "least similar", "anchored")
 """Ways in which the model answers. "anchored" may name its plan: "anchored:both", "anchored:negative", ..."""
@@ -37,6 +38,7 @@ class Task:
     plan: Plan
     instruction: str
     question: str
+    form: Form
     seed: int
     chosen: Mapping[str, Chosen]
     custom: Mapping[str, Choose]
@@ -56,7 +58,7 @@ class Task:
             positives = [self.pool[j] for j in self.chosen["positive"].rows[i]] if plan == "borrowed" else ()
             return anchored(
                 query, self.labels, negative=self.negative, plan=plan, others=self.others(i), positives=positives,
-                instruction=self.instruction, question=self.question, seed=_mixed(self.seed, i), id=name,
+                instruction=self.instruction, question=self.question, form=self.form, seed=_mixed(self.seed, i), id=name,
             )  # fmt: skip
         rows = self.chosen[way].rows[i][::-1]  # the best match last, next to the query
         return [self._shown(i, [self.pool[j] for j in rows], name)]
@@ -66,7 +68,7 @@ class Task:
         return [shot for shot, same in zip(self.pool, self.same[i], strict=True) if not same]
 
     def _shown(self, i: int, shots: Sequence[Shot], name: str) -> Episode:
-        return Episode(tuple(shots), self.queries[i], self.labels, self.instruction, self.question, id=name)
+        return Episode(tuple(shots), self.queries[i], self.labels, self.instruction, self.question, id=name, form=self.form)
 
     def votes(self, way: str) -> np.ndarray:
         """Score of a way without a model, [batch]."""

@@ -21,6 +21,7 @@ from PIL import Image
 from mechicl.errors import EpisodeError, OptionError
 from mechicl.prompts.disturb import disturb_images
 from mechicl.prompts.episode import Episode, Shot
+from mechicl.prompts.form import PLAIN, Form
 
 Plan = Literal["both", "asserted", "negative", "borrowed"]
 """both: the pair [query: positive, negative: negative] in one prompt, and with its two labels exchanged in a second one; the mean of the two
@@ -95,6 +96,7 @@ def anchored(
     positives: Sequence[Shot] = (),
     instruction: str = "",
     question: str = "",
+    form: Form = PLAIN,
     seed: int = 0,
     id: str = "",  # noqa: A002  the name that Episode has
 ) -> list[Episode]:
@@ -107,7 +109,7 @@ def anchored(
         plan: See `Plan`.
         others: Items that "swapped", "counterpart" or a function may take from.
         positives: With plan "borrowed": positive items, the one to be shown last in front; as many as there are pairs are taken.
-        instruction, question: As in an Episode.
+        instruction, question, form: As in an Episode.
         seed: Decides the order within pairs, and what makers of negatives draw.
         id: Name of the episodes.
 
@@ -138,7 +140,7 @@ def anchored(
         theirs = replace(positives[len(negatives) - 1 - k] if plan == "borrowed" else blind, label=high)
         pair = [ours] if plan == "negative" else [theirs, ours]
         shots += pair if draw.random() < 0.5 else pair[::-1]
-    first = Episode(tuple(shots), query, (low, high), instruction, question, id=id)
+    first = Episode(tuple(shots), query, (low, high), instruction, question, id=id, form=form)
     return [first, exchanged(first)] if plan == "both" else [first]
 
 

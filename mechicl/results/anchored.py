@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from mechicl.errors import OptionError
 from mechicl.results.base import Estimate, Provenance, Skipped
 
 
@@ -59,11 +60,15 @@ class Strategies:
     notes: tuple[str, ...] = ()
 
     def __getitem__(self, strategy: str) -> StrategyScore:
-        """The row of a strategy. Raises KeyError naming those there are."""
+        """The row of a strategy.
+
+        Raises:
+            OptionError: it was not run.
+        """
         for row in self.rows:
             if row.strategy == strategy:
                 return row
-        raise KeyError(
+        raise OptionError(
             f"strategy must be one of {', '.join(row.strategy for row in self.rows)}; got {strategy!r}. Ask for one that was run."
         )
 
