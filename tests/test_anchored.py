@@ -14,18 +14,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import picture, unchecked
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from sklearn.metrics import f1_score, roc_auc_score
 
 import mechicl
 from mechicl.analysis.anchored import compare_strategies
-from mechicl.analysis.binary import Marked, auroc, f1, measure
 from mechicl.analysis.strategies import BASELINES
-from mechicl.data.anchored import GREY, HIDDEN, anchored, exchanged
+from mechicl.data.anchored import GREY, HIDDEN, anchored, exchanged, same_pictures
 from mechicl.data.memes_made import draw_memes
 from mechicl.errors import EpisodeError, NotFiniteError, OptionError
 from mechicl.models.vlm import HookedVLM
+from mechicl.prompts.batch import Batch
 from mechicl.prompts.episode import Episode, Shot
 from mechicl.prompts.form import Form
 from mechicl.results import Strategies
@@ -189,50 +186,6 @@ def test_both_prompts_of_a_pair_are_token_for_token_as_long_in_every_family(orga
     logits = model(batch)
     assert bool(torch.isfinite(logits).all())
     assert not torch.allclose(logits[0], logits[1], atol=1e-7)  # the exchanged labels are read
-
-
-# ---- two-label measures ------------------------------------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=30).filter(lambda rows: len({y for _, y in rows}) == 2))
-def test_measures_are_scikit_learns(rows: list[tuple[int, bool]]) -> None:
-    scores, truth = np.array([float(x) for x, _ in rows]), np.array([y for _, y in rows])
-    assert auroc(scores, truth) == pytest.approx(roc_auc_score(truth, scores))
-    if (scores > 0).any():
-        assert f1(scores > 0, truth) == pytest.approx(f1_score(truth, scores > 0))
-
-
-def test_intervals_are_those_of_a_bootstrap_by_hand_and_differences_are_paired() -> None:
-    draw = np.random.default_rng(0)
-    truth = draw.random(60) < 0.5
-    scores = truth + draw.standard_normal(60)
-    ways = {
-        "a": Marked(scores, scores > 0.5, truth),
-        "b": Marked(scores + 0.01, scores > 0.5, truth),
-        "c": Marked(-scores, scores < 0.5, truth),
-    }
-    found = measure(ways, baseline="a", seed=1)
-    by_hand = []
-    for _ in range(2000):
-        pick = draw.integers(0, 60, 60)
-        by_hand.append(roc_auc_score(truth[pick], scores[pick]))
-    own = found["a"].values["auroc"]
-    assert (own.low, own.high) == pytest.approx(tuple(np.quantile(by_hand, [0.025, 0.975])), abs=0.02)  # two bootstraps
-    assert own.n == 60
-    same = found["b"].changes["auroc"]
-    assert same is not None
-    assert (same.value, same.low, same.high) == (0, 0, 0)  # what does not change the order changes no resample
-    other = found["c"].changes["auroc"]
-    assert other is not None
-    assert other.value == pytest.approx(1 - 2 * own.value)
-    assert found["a"].changes["auroc"] is None
-    assert np.isnan(auroc([1.0, 2.0], [True, True]))
-    assert np.isnan(f1([False], [False]))
-    with pytest.raises(OptionError):
-        measure({"a": ways["a"], "b": Marked(scores[:5], scores[:5] > 0, truth[:5])})
-    with pytest.raises(OptionError):
-        measure({"a": ways["a"], "b": Marked(scores, scores > 0, ~truth)})
 
 
 # ---- the comparison ----------------------------------------------------------------------------------------------------------------------------------
@@ -407,6 +360,41 @@ def test_broken_weights_are_an_error_and_no_answer(organism: Organism) -> None:
     hf.get_output_embeddings().weight.data.fill_(float("nan"))
     with pytest.raises(NotFiniteError):
         compare_strategies(model, made(4)[1], [], ("zero-shot",), labels=LABELS, progress=False)
+
+
+class Copier:
+    """A model that says the label of the exemplar that is the query itself, and knows nothing else."""
+
+    def __init__(self, model: HookedVLM) -> None:
+        self.model = model
+
+    def render(self, episodes: Sequence[Episode]) -> Batch:
+        return self.model.render(episodes)
+
+    def hooks(self, **_: Any) -> Any:
+        return contextlib.nullcontext()
+
+    def describe(self) -> dict[str, Any]:
+        return {"model": "copier"}
+
+    def __call__(self, batch: Batch, *, positions: Any = "last") -> torch.Tensor:
+        logits = torch.zeros(batch.n, positions.shape[1], self.model.cfg.d_vocab)
+        for i, episode in enumerate(batch.episodes):
+            for shot in episode.shots:
+                if same_pictures(shot, episode.query) and shot.text == episode.query.text:
+                    logits[i, :, batch.candidate_ids[i][episode.candidates.index(shot.label)][0]] = 10
+        return logits
+
+
+def test_copying_the_label_of_the_querys_own_twin_cancels_where_both_labels_are_told_and_nowhere_else(organism: Organism) -> None:
+    _, queries = made(8)
+    ways = ("anchored:both", "anchored:asserted", "anchored:negative")
+    found = compare_strategies(Copier(hooked(organism, "qwen2_5_vl")), queries, [], ways, labels=LABELS, progress=False)
+    assert found["anchored:both"].scores == pytest.approx(np.zeros(8), abs=1e-9)
+    assert found["anchored:asserted"].scores == pytest.approx(np.full(8, 10))
+    assert found["anchored:asserted"].positive_share == 1
+    assert found["anchored:asserted"].auroc.value == 0.5  # told the same about every query, it cannot rank them
+    assert found["anchored:negative"].scores == pytest.approx(np.zeros(8), abs=1e-9)  # the negative is not the query's twin
 
 
 def test_the_bundled_model_uses_retrieved_examples_and_gains_nothing_from_pairs_made_of_the_query() -> None:
