@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mechicl.analysis.circuits import circuit_curve, evaluate_circuit, find_circuit
     from mechicl.analysis.direct_logits import direct_logits
     from mechicl.analysis.edge_attribution import eap
+    from mechicl.analysis.factors import factor_shares
     from mechicl.analysis.function_vector_effects import add_function_vector
     from mechicl.analysis.function_vectors import function_vector, function_vector_scores
     from mechicl.analysis.head_circuits import head_circuits
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from mechicl.analysis.margin import contrast_margin
     from mechicl.analysis.patching import patch
     from mechicl.analysis.paths import path_patch
+    from mechicl.analysis.similarity import similarity_test
     from mechicl.analysis.span_knockouts import span_knockout
     from mechicl.analysis.study import find_and_prove
     from mechicl.analysis.transplant import transplant
@@ -54,6 +56,7 @@ _HOMES = {
     "dose_curve": "mechicl.analysis.ablation",
     "attribute": "mechicl.analysis.attribution",
     "eap": "mechicl.analysis.edge_attribution",
+    "factor_shares": "mechicl.analysis.factors",
     "function_vector_scores": "mechicl.analysis.function_vectors",
     "function_vector": "mechicl.analysis.function_vectors",
     "add_function_vector": "mechicl.analysis.function_vector_effects",
@@ -64,6 +67,7 @@ _HOMES = {
     "kv_shift": "mechicl.analysis.kv_shift",
     "patch": "mechicl.analysis.patching",
     "path_patch": "mechicl.analysis.paths",
+    "similarity_test": "mechicl.analysis.similarity",
     "span_knockout": "mechicl.analysis.span_knockouts",
     "transplant": "mechicl.analysis.transplant",
     "plot": "mechicl.views.plots",
@@ -72,9 +76,9 @@ _MODULES = ("data", "prompts", "models", "analysis", "training", "views", "error
 
 __all__ = [
     "Episode", "HookedVLM", "Shot", "ablate", "add_function_vector", "attention_by_role", "attribute", "circuit_curve",
-    "compare_circuits", "compare_strategies", "contrast_margin", "direct_logits", "dose_curve", "eap", "evaluate_circuit", "find_and_prove", "find_circuit", "function_vector",
+    "compare_circuits", "compare_strategies", "contrast_margin", "direct_logits", "dose_curve", "eap", "evaluate_circuit", "factor_shares", "find_and_prove", "find_circuit", "function_vector",
     "function_vector_scores", "head_circuits", "icl_accuracy", "kv_shift", "load", "logit_lens", "patch", "path_patch", "plot", "score_heads",
-    "span_knockout", "transplant",
+    "similarity_test", "span_knockout", "transplant",
 ]  # fmt: skip
 
 
