@@ -137,7 +137,7 @@ def decompose_gram(
     total = np.where(alive, squares["total"].sum(0), np.nan)
     shares, low, high = {}, {}, {}
     for name in matrices:
-        shares[name] = squares[name].sum(0) / total
+        shares[name] = np.asarray(squares[name].sum(0) / total)
         low[name], high[name] = ratio_of_sums(squares[name], np.where(alive, squares["total"], np.nan), seed=seed)
     null, p = {}, {}
     for i, name in enumerate(names):
@@ -220,7 +220,7 @@ def _null(
             sums += turned[picks[:, e], e]
         exceeded += (sums >= observed * (1 - 1e-9)).sum(0)
     p = np.where(np.isnan(total.ravel()), np.nan, (1 + exceeded) / (1 + n_draws))
-    return turned.mean(0).sum(0).reshape(shape) / total, p.reshape(shape)
+    return np.asarray(turned.mean(0).sum(0).reshape(shape) / total), p.reshape(shape)
 
 
 def _shapley(i: int, k: int, table: Mapping[tuple[int, ...], np.ndarray]) -> np.ndarray:
@@ -230,7 +230,7 @@ def _shapley(i: int, k: int, table: Mapping[tuple[int, ...], np.ndarray]) -> np.
     for size in range(k):
         weight = math.factorial(size) * math.factorial(k - size - 1) / math.factorial(k)
         parts += [weight * (table[tuple(sorted((*some, i)))] - table[some]) for some in combinations(others, size)]
-    return np.sum(parts, axis=0)
+    return np.asarray(np.sum(parts, axis=0))
 
 
 def shapley_values(value: Callable[[tuple[int, ...]], float], k: int) -> np.ndarray:
