@@ -78,15 +78,15 @@ plot(knocked)""",
 Edge attribution with integrated gradients scores every edge; 24 of them are run exactly as a check. `find_circuit` keeps as few edges as give .85 of the effect on one half of the pairs; faithfulness and its
 random control (as many edges, matched in kind and layer) come from the other half.""",
     """>>>
-scores = {name: eap(model, some, method="EAP-IG", progress=False) for name, some in pairs.items()}
-circuits = {name: find_circuit(model, some, scores[name], name=name, progress=False) for name, some in pairs.items()}
+scores = {name: eap(model, some, method="EAP-IG", by_span=True, progress=False) for name, some in pairs.items()}
+circuits = {name: find_circuit(model, some, scores[name], places=scores[name], name=name, progress=False) for name, some in pairs.items()}
 for name, circuit in circuits.items():
     print(name, "| gradients against exact runs:", scores[name].agreement)
     print(f"{len(circuit.edges)} of {circuit.n_edges_possible} edges, faithfulness {circuit.faithfulness}, as many random edges {circuit.random_mean:.3f} "
           f"(97.5 %: {circuit.random_high:.3f}, {circuit.n_draws} draws), the rest {circuit.completeness}")
     print(*(edge.name for edge in circuit.edges), sep=", ")""",
     """>>>
-curve = circuit_curve(model, pairs["exemplars"], scores["exemplars"], ks=(8, 12, 16, 20, 24, 32, 48, 96), n_random=10, progress=False)
+curve = circuit_curve(model, pairs["exemplars"], scores["exemplars"], places=scores["exemplars"], ks=(8, 12, 16, 20, 24, 32, 48, 96), n_random=10, progress=False)
 figure = plot(curve)
 figure.write_html(figures / "08_circuit.html", include_plotlyjs="directory")
 figure""",
@@ -152,15 +152,15 @@ plot(knocked)""",
     """
 ## The circuit""",
     """>>>
-scores = {name: eap(model, some, method="EAP-IG", progress=False) for name, some in pairs.items()}
-circuits = {name: find_circuit(model, some, scores[name], name=name, progress=False) for name, some in pairs.items()}
+scores = {name: eap(model, some, method="EAP-IG", by_span=True, progress=False) for name, some in pairs.items()}
+circuits = {name: find_circuit(model, some, scores[name], places=scores[name], name=name, progress=False) for name, some in pairs.items()}
 for name, circuit in circuits.items():
     print(name, "| gradients against exact runs:", scores[name].agreement)
     print(f"{len(circuit.edges)} of {circuit.n_edges_possible} edges, faithfulness {circuit.faithfulness}, as many random edges {circuit.random_mean:.3f} "
           f"(97.5 %: {circuit.random_high:.3f}, {circuit.n_draws} draws), the rest {circuit.completeness}")
     print(*(edge.name for edge in circuit.edges), sep=", ")""",
     """>>>
-curve = circuit_curve(model, pairs["exemplars"], scores["exemplars"], n_random=20, progress=False)
+curve = circuit_curve(model, pairs["exemplars"], scores["exemplars"], places=scores["exemplars"], n_random=20, progress=False)
 figure = plot(curve)
 figure.write_html(figures / "09_circuit.html", include_plotlyjs="directory")
 figure""",
