@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 
@@ -24,10 +23,8 @@ from mechicl.prompts.vectors import VectorShot
 MARKERS = tuple(f"({letter}) " for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 
-class Reform(Protocol):
-    """From an episode to another with the same query. `seed` is its only randomness; `donors` are other episodes it may take items from."""
-
-    def __call__(self, episode: Episode, *, seed: int = 0, donors: Sequence[Episode] = ()) -> Episode: ...
+Reform = Callable[..., Episode]
+"""(episode, *, seed=0, donors=()) -> another episode with the same query. `seed` is its only randomness; `donors` are episodes it may take items from."""
 
 
 def shuffle_words(episode: Episode, *, seed: int = 0, donors: Sequence[Episode] = ()) -> Episode:
