@@ -71,6 +71,17 @@ class Places:
             tokens, _weights(last[:, None], own)[:, 0].argmax(-1), where.known, where.right,
         )  # fmt: skip
 
+    def vectors(
+        self, rows: Float[Tensor, "wide row kv_head d_head"]
+    ) -> tuple[Float[Tensor, "batch kv_head d_head"], Float[Tensor, "batch kv_head shot d_head"]]:
+        """The query's vector and each exemplar's, means over their tokens (over candidates too, where labels stand behind the query)."""
+        n, blocks = self.known.shape[0], self.query.shape[0]
+        rows = rows.nan_to_num()  # rows that a prompt does not have weigh nothing
+        query = torch.einsum("cbr,cbrhd->cbhd", self.query.to(rows.device), rows.unflatten(0, (blocks, -1)))
+        there = (self.query.sum(-1) > 0).to(rows.device)[:, :, None, None]  # a prompt with fewer candidates has fewer blocks
+        query = (query * there).sum(0) / there.sum(0)
+        return query, torch.einsum("bsr,brhd->bhsd", self.exemplar.to(rows.device), rows[:n])
+
 
 def exemplar_tokens(batch: Batch, n_shots: int, which: Keys | At) -> Bool[Tensor, "batch shot pos"]:
     """The tokens that stand for each exemplar."""
@@ -185,7 +196,7 @@ class _Reader:
         self.kept: dict[tuple[str, int], Tensor] = {}
         self.values: dict[tuple[str, int], np.ndarray] = {}
         self.reasons: dict[tuple[str, int], str] = {}
-        self.n, self.blocks = places.known.shape[0], places.query.shape[0]
+        self.n = places.known.shape[0]
         self.scales: dict[int, float] = {}
 
     @property
@@ -229,11 +240,7 @@ class _Reader:
 
     def _distances(self, rows: Float[Tensor, "wide row kv_head d_head"]) -> np.ndarray:
         """[batch, kv_head, shot]."""
-        at = self.places
-        query = torch.einsum("cbr,cbrhd->cbhd", at.query.to(rows.device), rows.unflatten(0, (self.blocks, -1)))
-        there = (at.query.sum(-1) > 0).to(rows.device)[:, :, None, None]  # a prompt with fewer candidates has fewer blocks
-        query = (query * there).sum(0) / there.sum(0)
-        exemplar = torch.einsum("bsr,brhd->bhsd", at.exemplar.to(rows.device), rows[: self.n])
+        query, exemplar = self.places.vectors(rows)
         return distances(query[:, :, None], exemplar, self.distance).double().cpu().numpy()
 
     def _matches(self, q: Tensor, k: Tensor, layer: int) -> np.ndarray:

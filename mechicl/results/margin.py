@@ -197,7 +197,8 @@ class ContrastMap:
 
     Attributes:
         kind: "linear", "attention" or "mixed".
-        weights: Arrays by name: "map" [d, d_out]; "pool" [token] (attention); "embedding" [group, d_out] (mixed).
+        weights: Arrays by name: "centre" [head, d], taken away first; "map" [head, d, d_out]; "query" [head, d] (attention); "embedding" [group, d_out]
+            (mixed). See `mechicl.analysis.contrast_maps`; `apply_map` applies them.
         score: With the map, on held-out episodes.
         plain: Plain cosine, same episodes.
         gain: score - plain, paired.
@@ -205,7 +206,7 @@ class ContrastMap:
         above_shuffled: score - shuffled, paired: what the labels taught, beyond what fitting any map does.
         auroc: How well the mapped margin tells right answers from wrong ones on held-out episodes; None where answers were not given.
         plain_auroc: The same of plain cosine.
-        curve: Validation loss by epoch, [epoch]; `epochs`: the epoch that was kept, counted from 0.
+        curve: Validation loss after each epoch, [1 + epoch], the first before any step (plain cosine of centred vectors); `epochs`: the one that was kept.
         groups: Names of task x model groups ("mixed").
         held_out: Numbers of the episodes that judged.
         n_train, n_validation, n: Episodes that fitted, that stopped the fit, and that judged.
