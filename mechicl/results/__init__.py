@@ -20,6 +20,7 @@ from mechicl.results.circuits import (
 )
 from mechicl.results.factors import ConditionRow, ConditionTable, Decomposition, FactorShares, MixedEffects, TaskEffects
 from mechicl.results.heads import HeadScores, PromptView, RoleAttention, Score
+from mechicl.results.link import LinkBaseline, LinkChange, LinkCost, LinkPrior, LinkPriorRow, LinkScore, LinkScores
 from mechicl.results.margin import ContrastMap, ContrastMargin, MarginEffect, MarginPart
 from mechicl.results.nodes import Edge, Receiver, Sender
 from mechicl.results.patching import PatchCost, PatchEffects, SiteEffects, Transplant, TransplantRow
@@ -69,6 +70,13 @@ __all__ = [
     "KindOverlap",
     "KnockOut",
     "KnockOutTable",
+    "LinkBaseline",
+    "LinkChange",
+    "LinkCost",
+    "LinkPrior",
+    "LinkPriorRow",
+    "LinkScore",
+    "LinkScores",
     "LogitAttribution",
     "LogitLens",
     "MarginEffect",
