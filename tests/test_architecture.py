@@ -26,9 +26,11 @@ OWNERS = {
     "jinja2": {"views/page.py"},
     "sklearn": {"data/digits.py", "analysis/trends.py"},
     "ruptures": {"analysis/change_points.py"},
-    "statsmodels": {"analysis/statistics.py"},
-    "typer": {f"cli/{name}.py" for name in ("app", "heads", "options", "patch", "report", "sweep", "train")},
+    "statsmodels": {"analysis/mixed_effects.py", "analysis/statistics.py"},
+    "typer": {f"cli/{name}.py" for name in ("adapt", "app", "heads", "options", "patch", "report", "sweep", "train")},
     "ray": {"training/sweep_ray.py"},
+    "peft": {"models/adapters.py"},
+    "accelerate": {"training/adapt_loop.py"},
 }
 TRANSFORMERS = ("models/", "prompts/render.py", "prompts/patches.py", "training/")
 

@@ -17,7 +17,7 @@ from mechicl.analysis.feed import check_data, ids_of, progress_bar, provenance, 
 from mechicl.analysis.kv_read import Part
 from mechicl.analysis.labels import LabelScore, check_score
 from mechicl.analysis.shares import decompose_gram, ratio_of_sums
-from mechicl.analysis.statistics import holm, mean_estimate
+from mechicl.analysis.statistics import holm, mean_estimate, wilson
 from mechicl.errors import EpisodeError, OptionError
 from mechicl.prompts.conditions import SPANS, Change, Crossed, cross, crossing
 from mechicl.prompts.episode import Episode
@@ -127,7 +127,7 @@ def _result(crossed: Crossed, read: Read, split: Decomposition, found: Answered,
         null=split.null, p=split.p, p_corrected={name: holm(p) for name, p in split.p.items()}, moved=moved,
         common=np.sqrt(np.stack(read.common).mean(0)), squares=split.squares, pooled=pooled(read.parts, split.squares, still, seed),
         conditions=(*crossed.conditions, ZERO_SHOT),
-        accuracy={name: mean_estimate(x, unit="probability", seed=seed) for name, x in correct.items()},
+        accuracy={name: wilson(x) for name, x in correct.items()},
         margin={name: mean_estimate(x, unit="nats", seed=seed) for name, x in nats.items()}, correct=correct, margins=nats,
         chance=float(found.chance[kept].mean()), replicates=replicates, episode_ids=tuple(ids), n=len(kept),
         skipped=(*crossed.skipped, *read.skipped), provenance=made, notes=tuple(notes),

@@ -68,7 +68,7 @@ class FactorShares:
         squares: Sums of squares [batch, part, layer, head, span] for every source and "total", over the squared length of the zero-shot key or value.
         pooled: part -> source -> share over all cells, with its interval over episodes.
         conditions: Names of the conditions, "kept+kept" first; then "zero-shot".
-        accuracy: condition -> accuracy among the candidates (replicates averaged within episodes).
+        accuracy: condition -> accuracy among the candidates, replicates averaged within episodes; Wilson 95 % as if an episode were one answer, which is wide.
         margin: condition -> log-probability of the right label minus the best wrong one, nats.
         correct, margins: condition -> the same for every episode [batch].
         chance: Accuracy of guessing.
@@ -152,7 +152,7 @@ class TaskEffects:
         task: Its name.
         difficulty: 1 - (accuracy with plain examples - chance) / (1 - chance): 0 where examples suffice, 1 at chance. Our own.
         zero_shot: Accuracy without examples.
-        cost: factor -> accuracy lost when it is changed, averaged over the other factors' levels; paired interval.
+        cost: factor -> accuracy lost when it alone is changed (averaged over its changes), the other factors kept; paired interval.
         margin_cost: The same in nats.
         shares: part -> source -> share, see `FactorShares.pooled`.
         chance: Accuracy of guessing.
@@ -178,7 +178,7 @@ class ConditionTable:
         tasks: One per task, easiest first.
         factors: Names of the factors; the claim is about the first two (meaning, form).
         trend: measure -> how much (meaning minus form) grows from difficulty 0 to 1, over tasks, bootstrapped over episodes within tasks: "share k",
-            "share v" (difference of shares), "accuracy" (difference of costs).
+            "share v" (difference of shares), "accuracy" (difference of costs, each over what examples gain above chance).
         finding: measure -> "supported", "contradicted", "undecided" or "not tested".
         verdict: The same as a sentence.
     """
