@@ -6,12 +6,15 @@ under a name that means nothing. Both are concepts of `mechicl.data.concepts`, w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from mechicl.data.folders import fresh_folder
 from mechicl.data.link_pool import LinkClass, Pool
 from mechicl.data.looks import FILLS, KINDS, Split, class_ids, signatures
 from mechicl.data.memes_made import COLOURS, SHAPES
@@ -91,3 +94,117 @@ def _choose(n: int, split: Split, draw: np.random.Generator) -> list[tuple[str, 
             taken.add(twin)
             chosen.append((name, real, twin))
     return chosen
+
+
+def write_isekai(
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    n_groups: int = N_GROUPS,
+    per_class: int = PER_CLASS,
+    size: int = 112,
+    pairs: int = 10,
+    context: int = 16,
+    queries: int = 4,
+    split: Split = "held_out",
+) -> Path:
+    """Write a made-up set in the published format: ISEKAI-10.json, ISEKAI-pair.json, a folder of pictures for each category, and made.json, which says what is what.
+
+    ISEKAI-10 asks every one of the first `pairs` unreal concepts against its real partner, ISEKAI-pair against every other of them. Queries of either side come
+    in turn. The folders of pictures can also be read by `mechicl.data.class_folders`.
+
+    Args:
+        folder: Must not exist yet, or be empty. Written beside it first, then renamed: no half of it is ever seen.
+        seed, n_groups, per_class, size, split: See `generated_pool`. The same arguments give the same bytes.
+        pairs: Unreal concepts in the lists; at least two.
+        context: Pictures in positive_list and negative_list.
+        queries: Queries of either side of a pair.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OptionError: see `generated_pool`; too few groups for `pairs`, or too few pictures for `context` and a query.
+        OutputPathError: the folder holds something, or cannot be written.
+    """
+    from mechicl.data.link_tasks import paired_tasks, unreal_pairs  # they are built on pools, as this is
+
+    if not 2 <= pairs <= n_groups:
+        raise OptionError(f"pairs must be in 2..{n_groups}, the number of groups; got {pairs}. The published lists have 10.")
+    pool = generated_pool(seed, n_groups, per_class, size, split=split)
+    files = {
+        id(picture): f"{one.name.replace(' ', '_')}/{number:02d}.png" for one in pool.classes for number, picture in enumerate(one.images)
+    }
+    first = pool.take(key for pair in pool.partners[:pairs] for key in pair)
+    asked = {"ISEKAI-10": first.partners, "ISEKAI-pair": unreal_pairs(first)}
+    lists = {name: paired_tasks(first, of, context=context, queries=queries, seed=seed) for name, of in asked.items()}
+    with fresh_folder(folder) as temporary:
+        for one in pool.classes:
+            (temporary / one.name.replace(" ", "_")).mkdir()
+            for picture in one.images:
+                assert isinstance(picture, Image.Image)
+                picture.save(temporary / files[id(picture)])
+        for name, tasks in lists.items():
+            rows = [
+                {
+                    "image_name": files[id(task.query)],
+                    "label_name": task.names[task.asked],
+                    "positive_list": [files[id(picture)] for picture in task.examples[0]],
+                    "negative_list": [files[id(picture)] for picture in task.examples[1]],
+                    "positive_promt": task.names[0],
+                    "negative_promt": task.names[1],
+                }
+                for task in tasks
+            ]
+            (temporary / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        options = {
+            "seed": seed,
+            "n_groups": n_groups,
+            "per_class": per_class,
+            "size": size,
+            "pairs": pairs,
+            "context": context,
+            "queries": queries,
+            "split": split,
+        }
+        about = {"options": options, "classes": [{"name": one.name, "kind": one.kind, "group": one.group} for one in pool.classes]}
+        (temporary / "made.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    return Path(folder).expanduser()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m mechicl.data.isekai_made OUT`: write a set, read it back, say what it holds."""
+    import argparse
+    import sys
+
+    from mechicl.data.isekai import load_isekai
+    from mechicl.errors import MechiclError
+
+    parser = argparse.ArgumentParser(description="Write a made-up set in the format of ISEKAI.")
+    parser.add_argument("out", help="folder; new or empty")
+    for name, value in (
+        ("seed", 0),
+        ("groups", N_GROUPS),
+        ("per-class", PER_CLASS),
+        ("size", 112),
+        ("pairs", 10),
+        ("context", 16),
+        ("queries", 4),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
+    parser.add_argument("--split", default="held_out", choices=("train", "held_out", "all"))
+    given = parser.parse_args(arguments)
+    try:
+        out = write_isekai(
+            given.out, seed=given.seed, n_groups=given.groups, per_class=given.per_class, size=given.size, pairs=given.pairs, context=given.context,
+            queries=given.queries, split=given.split,
+        )  # fmt: skip
+        sys.stdout.write(f"{load_isekai(out).report}\n")
+    except MechiclError as error:
+        sys.stderr.write(f"Error: {error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
