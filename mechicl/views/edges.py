@@ -8,7 +8,8 @@ import numpy as np
 
 from mechicl.results import EdgeScores, PathEffects, Receiver, Sender
 from mechicl.views.grids import ALPHA, Spec, metric_words, words
-from mechicl.views.patching import Panel, agreement_panel, colours, pack, start_of
+from mechicl.views.panels import Panel, pack
+from mechicl.views.patching import agreement_panel, colours, start_of
 from mechicl.views.theme import RANDOM
 
 MOST_ROWS, MOST_COLUMNS = 48, 72

@@ -7,7 +7,6 @@ directions; 0 is always the corrupt run and 1 the clean one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import numpy as np
 from mechicl.errors import OptionError
 from mechicl.results import Agreement, Attribution, PatchEffects, SiteEffects
 from mechicl.views.grids import ALPHA, Spec, metric_words, words
+from mechicl.views.panels import Panel, pack
 from mechicl.views.theme import CHANCE, CHOSEN, DIVERGING, INTACT, RANDOM
 
 MOST = 1.25
@@ -24,21 +24,6 @@ LEAST = 0.25
 """They reach at least this far, so that noise stays pale."""
 
 _ROTATED = 84  # pixels for slanted column names
-
-
-@dataclass
-class Panel:
-    """One of the small multiples: its traces (axes to be filled in), its two axes, its heading, pixels for the body and around it, and its share of a row's width."""
-
-    traces: list[Spec]
-    x: Spec
-    y: Spec
-    heading: str
-    body: int
-    above: int = 30
-    below: int = 44
-    wide: float = 1.0
-    shapes: list[Spec] = field(default_factory=list)
 
 
 def start_of(direction: str) -> float:
@@ -152,39 +137,6 @@ def agreement_panel(agreement: Agreement, name: str) -> Panel:
         56,
         8.0,
     )
-
-
-def pack(panels: Sequence[Panel], columns: int, *, header: int = 92, footer: int = 10, gap: float = 0.06) -> Spec:
-    """Panels in rows of `columns`, each with axes of its own; the figure's height follows from the pixels that panels ask for."""
-    rows = [panels[k : k + columns] for k in range(0, len(panels), columns)]
-    heights = [max(p.above for p in row) + max(p.body for p in row) + max(p.below for p in row) for row in rows]
-    plot = float(sum(heights))
-    data: list[Spec] = []
-    layout: Spec = {
-        "annotations": [],
-        "shapes": [],
-        "height": round(header + footer + plot),
-        "margin": {"t": header, "b": footer, "l": 66, "r": 24},
-    }
-    top, number = plot, 0
-    for row, height in zip(rows, heights, strict=True):
-        above = max(p.above for p in row)
-        each = (1 - gap * (columns - 1)) / (sum(p.wide for p in row) * columns / len(row))  # a short last row leaves the rest empty
-        left = 0.0
-        for panel in row:
-            number += 1
-            suffix = "" if number == 1 else str(number)
-            upper = top - above
-            end = min(1.0, left + panel.wide * each)
-            layout["xaxis" + suffix] = panel.x | {"domain": [left, end], "anchor": "y" + suffix}
-            layout["yaxis" + suffix] = panel.y | {"domain": [(upper - panel.body) / plot, upper / plot], "anchor": "x" + suffix}
-            data += [trace | {"xaxis": "x" + suffix, "yaxis": "y" + suffix} for trace in panel.traces]
-            layout["shapes"] += [shape | {f"{a}ref": a + suffix + shape.get(f"{a}ref", a)[1:] for a in "xy"} for shape in panel.shapes]
-            layout["annotations"].append({"xref": f"x{suffix} domain", "yref": "paper", "x": 0, "y": (upper + panel.above - 24 if panel.above < 60 else upper + panel.above - 30) / plot,
-                                          "xanchor": "left", "yanchor": "bottom" if panel.above < 60 else "middle", "align": "left", "showarrow": False, "text": panel.heading, "font": {"size": 13}})  # fmt: skip
-            left = end + gap
-        top -= height
-    return {"data": data, "layout": layout}
 
 
 def colours(values: Sequence[np.ndarray], start: float, *, x: float = 1.02) -> Spec:

@@ -6,6 +6,8 @@
     plot(bands), plot(emergence), plot(correlations), plot(forest), plot(knock_outs)       # over many trainings
     plot(patched), plot(patched, site="z"), plot(attribution), plot(transplant)           # activations exchanged
     plot(paths), plot(edge_scores), plot(cuts), plot(circuit), plot(circuit_curve), plot(overlap)      # edges and circuits
+    plot(shift), plot(similarity), plot(shares), plot(conditions), plot(mixed)             # keys and values: what an example changes
+    plot(margin), plot(margin_effect), plot(contrast_map), plot(strategies)
     plot_sweep(table, x="K", y="accuracy_ic", color="positions")
 
 A figure is returned, never shown or written. Its arrays are the result's arrays.
@@ -14,6 +16,7 @@ A figure is returned, never shown or written. Its arrays are the result's arrays
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, singledispatch
 from typing import TYPE_CHECKING, Any
@@ -30,11 +33,15 @@ from mechicl.results import (
     Circuit,
     CircuitCurve,
     CircuitOverlap,
+    ConditionTable,
+    ContrastMap,
+    ContrastMargin,
     Correlations,
     DoseCurve,
     EdgeScores,
     Emergence,
     Estimate,
+    FactorShares,
     Forest,
     FunctionVector,
     Head,
@@ -42,8 +49,11 @@ from mechicl.results import (
     HeadScores,
     ICLAccuracy,
     KnockOutTable,
+    KVShift,
     LogitAttribution,
     LogitLens,
+    MarginEffect,
+    MixedEffects,
     PatchEffects,
     PathEffects,
     PromptView,
@@ -51,7 +61,9 @@ from mechicl.results import (
     RoleAttention,
     Score,
     Series,
+    SimilarityTest,
     SpanKnockOuts,
+    Strategies,
     Transplant,
 )
 from mechicl.views import (
@@ -59,13 +71,17 @@ from mechicl.views import (
     circuits,
     curves,
     edges,
+    factors,
     grids,
     head_parts,
     lens,
     lens_pictures,
     logit_parts,
+    margins,
     moves,
     patching,
+    shift,
+    strategies,
     sweeps,
     theme,
     trainings,
@@ -85,7 +101,7 @@ def _figure(spec: grids.Spec, dark: bool = False) -> go.Figure:
         scales = {"diverging": theme.DIVERGING_DARK, "sequential": theme.SEQUENTIAL_DARK}
         scale = scales.get((spec["layout"].get("meta") or {}).get("scale", ""))
         if scale:
-            figure.update_layout(coloraxis_colorscale=scale)
+            figure.update_layout({axis: {"colorscale": scale} for axis in spec["layout"] if re.fullmatch(r"coloraxis\d*", axis)})
     return figure
 
 
@@ -98,7 +114,7 @@ def plot(result: Any, **options: Any) -> go.Figure:
         options: What the kind of result offers: `dark=True` everywhere; `n_key_value_heads`, `top` (Score); `heads`, `limit` (RoleAttention);
             `controls` (ICLAccuracy); `singles` (Ablation); `columns` (HeadScores); `changes`, `log` (Bands); `top` (Correlations, Forest);
             `site`, `sites`, `columns` (PatchEffects, Attribution); `max_edges` (CircuitCurve); `top` (LogitAttribution); `show`, `positions`, `layers`
-            (LogitLens); `head`, `pictures` (HeadCircuits).
+            (LogitLens); `head`, `pictures` (HeadCircuits); `measure` (KVShift); `show`, `spans` (FactorShares).
 
     Returns:
         A plotly figure; its arrays are the result's arrays.
@@ -247,6 +263,55 @@ def _(result: HeadCircuits, *, head: Head | None = None, pictures: bool = False,
     if pictures:
         return _figure(lens_pictures.score_pictures(result, heads=None if head is None else [head]), dark)
     return _figure(head_parts.circuits_figure(result, head=head), dark)
+
+
+@plot.register
+def _(result: KVShift, *, measure: str = "relative_l2", dark: bool = False) -> go.Figure:
+    return _figure(shift.shift_maps(result, measure=measure), dark)
+
+
+@plot.register
+def _(result: SimilarityTest, *, dark: bool = False) -> go.Figure:
+    return _figure(shift.similarity_rows(result), dark)
+
+
+@plot.register
+def _(result: FactorShares, *, show: str = "plane", spans: Sequence[str] | None = None, dark: bool = False) -> go.Figure:
+    if show not in ("plane", "shares", "answers"):
+        raise OptionError(f"show must be plane, shares or answers; got {show!r}. Pick one.")
+    if show == "plane":
+        return _figure(factors.plane(result, spans=spans), dark)
+    return _figure(factors.share_maps(result) if show == "shares" else factors.answer_rows(result), dark)
+
+
+@plot.register
+def _(result: ConditionTable, *, dark: bool = False) -> go.Figure:
+    return _figure(factors.condition_rows(result), dark)
+
+
+@plot.register
+def _(result: MixedEffects, *, dark: bool = False) -> go.Figure:
+    return _figure(factors.mixed_rows(result), dark)
+
+
+@plot.register
+def _(result: ContrastMargin, *, dark: bool = False) -> go.Figure:
+    return _figure(margins.margin_maps(result), dark)
+
+
+@plot.register
+def _(result: MarginEffect, *, dark: bool = False) -> go.Figure:
+    return _figure(margins.dose_curve(result), dark)
+
+
+@plot.register
+def _(result: ContrastMap, *, dark: bool = False) -> go.Figure:
+    return _figure(margins.map_rows(result), dark)
+
+
+@plot.register
+def _(result: Strategies, *, dark: bool = False) -> go.Figure:
+    return _figure(strategies.strategy_rows(result), dark)
 
 
 def plot_sweep(

@@ -15,7 +15,7 @@
     layout.template = themes[dark() ? "dark" : "light"];
     layout.autosize = true;
     const scale = layout.meta && themes.scales[layout.meta.scale];
-    if (scale && layout.coloraxis) layout.coloraxis.colorscale = scale[dark() ? 1 : 0];
+    if (scale) for (const key of Object.keys(layout)) if (/^coloraxis\d*$/.test(key)) layout[key].colorscale = scale[dark() ? 1 : 0];
     return layout;
   };
   const draw = (id) => {
