@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
@@ -98,7 +100,7 @@ def _grams(x: np.ndarray, y: np.ndarray) -> Grams:
     return found[0], found[1]
 
 
-def _hsic(trace: np.ndarray, sums: np.ndarray, mixed: np.ndarray, n: int) -> np.ndarray:
+def _hsic(trace: Any, sums: Any, mixed: Any, n: int) -> Any:
     """Unbiased HSIC from tr(KL), 1'K1 1'L1 and 1'KL1, up to the factor 1 / (n (n - 3)), which cancels in CKA."""
     return trace + sums / ((n - 1) * (n - 2)) - 2 * mixed / (n - 2)
 

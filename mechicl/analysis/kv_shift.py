@@ -5,8 +5,9 @@ Our definition; the paper's (Miyanishi and Nguyen, arXiv 2408.12959) could not b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -90,8 +91,7 @@ def kv_shift(
     bar = progress_bar(None, total=len(episodes), what="key-value shift", show=progress)
     for start in range(0, len(episodes), batch_size):
         rows = range(start, min(start + batch_size, len(episodes)))
-        few = [episodes[i] for i in rows]
-        own = None if given is None else [given[i] for i in rows]
+        few, own = [episodes[i] for i in rows], None if given is None else [given[i] for i in rows]
         found = {name: read_prompts(model, one, wanted) for name, one in _prompts(renderer, few, own, asked, filler, seed, rows).items()}
         for name, table in tables.items():
             first, second = ("filler", "zero-shot") if name == FILLER_ITSELF else ("examples", name)
@@ -100,9 +100,18 @@ def kv_shift(
     bar.close()
     options = {"control": control if given is None else "given", "filler": filler, "batch_size": batch_size, "cka": cka}
     made = provenance(model, task=task, seed=seed, options=options)
-    results = {name: _result(name, tables[name], filler, names, made, seed, why) for name in asked}
-    first = results.pop(asked[0])
-    if control != "both":
+    return _conclude(tables, asked, partial(_result, filler=filler, names=names, made=made, seed=seed, why=why), seed)
+
+
+def _conclude(tables: Mapping[str, Table], asked: Sequence[str], result: Callable[..., KVShift], seed: int) -> KVShift:
+    """The result against the first control, with the others; a control that fits no episode is left out while another one does."""
+    done = [name for name in asked if tables[name].rows] or list(asked[:1])
+    lost = [
+        f"No result against {name}: {tables[name].skipped[0].reason} (the first of its episodes)." for name in asked if name not in done
+    ]
+    results = {name: result(name, tables[name], notes=lost) for name in done}
+    first = results.pop(done[0])
+    if not results or not tables[FILLER_ITSELF].rows:
         return first
     return replace(first, others=results, test=_test(tables["zero-shot"], tables[FILLER_ITSELF], first.spans, seed))
 
@@ -175,9 +184,17 @@ def _prompts(
 
 
 def _result(
-    control: str, table: Table, filler: Filler, names: Sequence[str], made: Provenance, seed: int, why: Mapping[tuple[str, int], str]
+    control: str,
+    table: Table,
+    *,
+    filler: Filler,
+    names: Sequence[str],
+    made: Provenance,
+    seed: int,
+    why: Mapping[tuple[str, int], str],
+    notes: list[str],
 ) -> KVShift:
-    """Means and intervals of what was collected.
+    """Means and intervals of what was collected; spans that no episode has are left out.
 
     Raises:
         EpisodeError: no episode could be compared.
@@ -188,7 +205,7 @@ def _result(
             "Choose another control or other spans."
         )
     relative, cosine, tokens = np.concatenate(table.relative), np.concatenate(table.cosine), np.concatenate(table.tokens)
-    there = [s for s in range(tokens.shape[1]) if tokens[:, s].any()]
+    there = _there(table)
     relative, cosine, tokens = relative[..., there], cosine[..., there], tokens[:, there]
     spans = tuple(table.wanted.spans[s] for s in there)
     values, low, high = {}, {}, {}
@@ -205,8 +222,13 @@ def _result(
         control=control, filler=filler if control == "filler" else "", parts=parts, layers=table.wanted.layers, heads=tuple(range(table.n_heads)),
         spans=spans, measures=values, low=low, high=high, per_episode=relative, cosine_per_episode=cosine, cka_null=null, pooled=pooled,
         tokens=tokens, lengths=np.array(table.lengths), episode_ids=tuple(names[i] for i in table.rows), n=len(table.rows),
-        skipped=tuple(table.skipped), provenance=made, notes=tuple(_notes(table, control)), reasons=dict(why),
+        skipped=tuple(table.skipped), provenance=made, notes=(*_notes(table, control), *notes), reasons=dict(why),
     )  # fmt: skip
+
+
+def _there(table: Table) -> list[int]:
+    """Spans that some episode has."""
+    return np.flatnonzero(np.concatenate(table.tokens).any(0)).tolist()
 
 
 def _notes(table: Table, control: str) -> list[str]:
