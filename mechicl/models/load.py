@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mechicl.errors import CheckpointError, DeviceError, OptionError, UnsupportedModelError
+from mechicl.models.adapters import base_of, is_adapter, read_adapters
 from mechicl.models.families import TESTED, family_of
 from mechicl.models.vlm import HookedVLM
 
@@ -96,7 +97,8 @@ def load(
     """Load a vision-language model with its processor.
 
     Args:
-        name: "demo" (the bundled model), a folder, or a hub id such as "Qwen/Qwen2.5-VL-3B-Instruct".
+        name: "demo" (the bundled model), a folder, or a hub id such as "Qwen/Qwen2.5-VL-3B-Instruct". A folder of LoRA adapters (adapter_config.json and
+            adapter_model.safetensors) loads the model that it names and adds the adapters into its weights.
         device: "cpu", "cuda", ...; default the CPU, or where `device_map` puts it.
         dtype: "auto" (as saved), "float32", "bfloat16", "float16".
         revision: Branch, tag or commit of a hub model.
@@ -115,6 +117,12 @@ def load(
     target = check_device(device) if device is not None else None
     torch_dtype = check_dtype(dtype)
     path = demo_folder() if str(name) == "demo" else Path(name).expanduser()
+    if is_adapter(path):
+        base = load(
+            base_of(path), device=device, dtype=dtype, device_map=device_map, attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code, revision=revision, check=False,
+        )  # fmt: skip
+        return HookedVLM(read_adapters(base.hf, path), base.processor, check=check, name=str(name), revision=base.revision)
     if path.is_dir():
         check_folder(path)
         source = str(path)
