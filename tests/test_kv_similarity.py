@@ -77,11 +77,14 @@ def test_likeness_is_found_where_the_shift_was_made_to_follow_it() -> None:
 
 def test_likeness_that_is_a_lie_has_no_effect() -> None:
     episodes, pool = vectors()
-    lies = np.random.default_rng(0)
-    embeddings = (lies.normal(size=(len(episodes), 8)), lies.normal(size=(len(pool), 8)))
-    found = similarity_test(reads_what_is_like_itself(), episodes, pool, embeddings=embeddings, **QUIET)
-    assert all(one.p_corrected > 0.05 for one in found.comparisons)
-    assert found.comparisons[0].effect.low < 0 < found.comparisons[0].effect.high
+    claims = []
+    for seed in range(10):
+        lies = np.random.default_rng(seed)
+        embeddings = (lies.normal(size=(len(episodes), 8)), lies.normal(size=(len(pool), 8)))
+        claims.append(similarity_test(reads_what_is_like_itself(), episodes, pool, embeddings=embeddings, **QUIET).comparisons[0])
+    assert sum(claim.p < 0.05 for claim in claims) <= 2  # of ten, one in twenty is to be expected
+    assert abs(np.mean([claim.effect.value for claim in claims])) < 0.2
+    assert max(claim.p for claim in claims) > 0.5
     blind = similarity_test(reads_what_is_like_itself(0.0), episodes, pool, **QUIET)  # reads every token alike
     assert all(one.effect.value == 0 for one in blind.comparisons)
     assert all(one.p == 1 for one in blind.comparisons)
