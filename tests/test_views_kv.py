@@ -68,11 +68,23 @@ def test_dots_mark_where_examples_do_more_than_filler_and_nowhere_else() -> None
     result = samples.shift()
     assert result.test is not None
     dots = [t for t in plot(result).data if t.name == "corrected p < 0.05"]
+    assert [len(t.x) for t in plot(result).data if t.name == "less, corrected p < 0.05"] == [0, 0]
     assert len(dots) == 2  # beside the maps against zero-shot only
     for p, mark in enumerate(dots):
         drawn = {(round(y + 0.3), round(x - 0.38)) for x, y in zip(mark.x, mark.y, strict=True)}
         assert drawn == {tuple(c) for c in np.argwhere(result.test.p_corrected[p].reshape(8, 3) < 0.05).tolist()}
     assert not [t for t in plot(samples.shift_alone()).data if t.name == "corrected p < 0.05"]
+
+
+def test_examples_that_do_less_than_filler_are_marked_as_less() -> None:
+    result = samples.shift()
+    assert result.test is not None
+    turned = replace(result, test=replace(result.test, difference=-result.test.difference))
+    figure = plot(turned)
+    less = [t for t in figure.data if t.name == "less, corrected p < 0.05"]
+    assert [len(t.x) for t in less] == [len(t.x) for t in plot(result).data if t.name == "corrected p < 0.05"]
+    assert not any(len(t.x) for t in figure.data if t.name == "corrected p < 0.05")
+    assert less[0].marker.symbol == "triangle-down"
 
 
 def test_pooled_shifts_stand_beside_both_controls_with_their_intervals() -> None:
@@ -128,6 +140,8 @@ def test_the_plane_puts_meaning_across_and_form_up_a_marker_per_layer() -> None:
         plot(result, spans=["moon"])
     with pytest.raises(OptionError, match="show must be"):
         plot(result, show="all")
+    still = replace(result, shares={s: np.where(np.arange(4)[None, :, None, None] == 0, np.nan, v) for s, v in result.shares.items()})
+    assert [t.name for t in plot(still).data if t.showlegend][:3] == ["layer 1", "layer 2", "layer 3"]  # the first layer never moves
     with pytest.raises(OptionError, match="factors must be at least two"):
         plot(replace(result, factors=("semantics",)))
 

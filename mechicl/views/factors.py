@@ -31,6 +31,9 @@ from mechicl.views.theme import CHANCE, CHOSEN, CONTROL, INTACT, LINES, RANDOM, 
 FIRST = ("last token", "query image", "query open", "query question")
 """Spans that the plane draws, the first two of these that there are."""
 
+NAMED = 10
+"""Up to so many heads are named beside their markers; more would stand on one another."""
+
 MOST_LAYERS = len(SYMBOLS)
 """Up to so many layers each has a marker of its own; beyond it colour counts them."""
 
@@ -65,7 +68,8 @@ def plane(result: FactorShares, *, spans: Sequence[str] | None = None) -> Spec:
         raise OptionError(
             f"spans must be some of {', '.join(result.spans)}; got {', '.join(drawn) or 'none'}. Pick those that were measured."
         )
-    rows = [[_plane(result, p, result.spans.index(span), first=not (p or s)) for p in range(len(result.parts))] for s, span in enumerate(drawn)]  # fmt: skip
+    seen: set[str] = set()
+    rows = [[_plane(result, p, result.spans.index(span), seen) for p in range(len(result.parts))] for span in drawn]
     many = len(result.layers) > MOST_LAYERS
     spec = stack(rows, header=84, footer=30, gap=0.09)
     x, y = result.factors[:2]
@@ -83,8 +87,8 @@ def plane(result: FactorShares, *, spans: Sequence[str] | None = None) -> Spec:
     return spec
 
 
-def _plane(result: FactorShares, p: int, s: int, *, first: bool) -> Panel:
-    """One part at one span."""
+def _plane(result: FactorShares, p: int, s: int, seen: set[str]) -> Panel:
+    """One part at one span; `seen`: what already stands in the legend. Layers that nothing moves are left out."""
     x_name, y_name = result.factors[:2]
     traces: list[Spec] = []
     many, bars = len(result.layers) > MOST_LAYERS, result.moved[..., 0].size <= 80
@@ -93,6 +97,8 @@ def _plane(result: FactorShares, p: int, s: int, *, first: bool) -> Panel:
         x, y = result.shares[x_name][at], result.shares[y_name][at]
         ends = [(table[name][at]) for name in (x_name, y_name) for table in (result.low, result.high)]
         solid = passes(result.p_corrected[x_name][at]) | passes(result.p_corrected[y_name][at])
+        if not np.isfinite(x).any():
+            continue
         colour = LINES[k % len(LINES)]
         heads = [f"{layer}.{head}" for head in result.heads]
         extra = np.stack([*ends, result.moved[at], result.common[at]], axis=-1)
@@ -100,11 +106,12 @@ def _plane(result: FactorShares, p: int, s: int, *, first: bool) -> Panel:
         if many:
             marker = {"size": 9, "symbol": ["circle" if f else "circle-open" for f in solid], "color": [layer] * len(heads), "coloraxis": "coloraxis", "line": {"color": RANDOM, "width": 1}}  # fmt: skip
         trace: Spec = {
-            "type": "scatter", "mode": "markers+text" if len(result.layers) * len(heads) <= 40 else "markers", "x": x, "y": y, "text": heads, "textposition": "top right",
-            "textfont": {"size": 10}, "name": f"layer {layer}", "legendgroup": f"layer {layer}", "showlegend": first and not many, "marker": marker, "customdata": extra,
+            "type": "scatter", "mode": "markers+text" if len(result.layers) * len(heads) <= NAMED else "markers", "x": x, "y": y, "text": heads, "textposition": "top right",
+            "textfont": {"size": 10}, "name": f"layer {layer}", "legendgroup": f"layer {layer}", "showlegend": f"layer {layer}" not in seen and not many, "marker": marker, "customdata": extra,
             "hovertemplate": f"<b>{part_words(result.parts[p])} of head %{{text}}, {words(result.spans[s])}</b><br>{words(x_name)} %{{x:.1%}} (%{{customdata[0]:.1%}} to %{{customdata[1]:.1%}})<br>"
                              f"{words(y_name)} %{{y:.1%}} (%{{customdata[2]:.1%}} to %{{customdata[3]:.1%}})<br>moved by %{{customdata[4]:.3f}}, any example %{{customdata[5]:.3f}} of its length, n = {result.n}<extra></extra>",
         }  # fmt: skip
+        seen.add(f"layer {layer}")
         if bars:
             for axis, value, (low, high) in (("x", x, ends[:2]), ("y", y, ends[2:])):
                 trace[f"error_{axis}"] = {"type": "data", "symmetric": False, "array": high - value, "arrayminus": value - low, "color": colour, "thickness": 0.7, "width": 0}  # fmt: skip
@@ -113,8 +120,9 @@ def _plane(result: FactorShares, p: int, s: int, *, first: bool) -> Panel:
         float(np.nanmean(result.null[name][p, ..., s])) if np.isfinite(result.null[name][p, ..., s]).any() else np.nan
         for name in (x_name, y_name)
     ]
-    traces.append({"type": "scatter", "mode": "markers", "x": [null[0]], "y": [null[1]], "name": "null: conditions exchanged, mean over heads", "legendgroup": "null", "showlegend": first,
+    traces.append({"type": "scatter", "mode": "markers", "x": [null[0]], "y": [null[1]], "name": "null: conditions exchanged, mean over heads", "legendgroup": "null", "showlegend": "null" not in seen,
                    "marker": {"symbol": "x-thin", "size": 13, "line": {"color": CHANCE, "width": 3}}, "hovertemplate": f"null<br>{words(x_name)} %{{x:.1%}}, {words(y_name)} %{{y:.1%}}<extra></extra>"})  # fmt: skip
+    seen.add("null")
     x_axis = PERCENT | {"title": {"text": f"{words(x_name)}, share"}}
     y_axis = PERCENT | {"title": {"text": f"{words(y_name)}, share" if p == 0 else ""}}
     return Panel(traces, x_axis, y_axis, f"<b>{part_words(result.parts[p])}</b> \u00b7 {words(result.spans[s])}", 300, 34, 56, 10.0, shapes=[_rule()])  # fmt: skip

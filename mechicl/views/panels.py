@@ -174,6 +174,7 @@ def cells_panel(
     hover: str,
     extra: np.ndarray,
     marked: np.ndarray | None = None,
+    below: np.ndarray | None = None,
     what: str,
     down: str = "layer.head",
     across: str = "",
@@ -193,6 +194,7 @@ def cells_panel(
         hover: plotly's template; `extra` is its customdata.
         extra: [row, column, number].
         marked: Cells that get a dot; None: no dots at all.
+        below: Cells that get a hollow triangle that points down: less, not more.
         what: The trace's name.
         down, across: Names of the axes.
         digits: Of the numbers in the cells.
@@ -207,13 +209,7 @@ def cells_panel(
     if len(columns) <= 16 and not large:
         cells |= {"texttemplate": f"%{{z:.{digits}f}}", "textfont": {"size": 10}}
     traces = [cells]
-    if marked is not None:
-        at = np.argwhere(marked)
-        traces.append({
-            "type": "scatter", "mode": "markers", "x": [float(c) + 0.38 for _, c in at], "y": [float(r) - 0.3 for r, _ in at], "hoverinfo": "skip", "showlegend": False,
-            "marker": {"symbol": "circle", "size": 3.5 if large else 5.5, "color": "#111111", "line": {"color": "#ffffff", "width": 1.2}}, "cliponaxis": False,
-            "name": f"corrected p < {ALPHA}",
-        })  # fmt: skip
+    traces += [_marks(where, k, large) for k, where in enumerate((marked, below)) if where is not None]
     common: Spec = {"showgrid": False, "zeroline": False, "ticks": ""}
     x = common | _named(columns, 16 if not slanted else 60) | {"range": [-0.5, len(columns) - 0.5], "title": {"text": across}}
     x |= {"side": "top", "tickangle": -35} if slanted else {}
@@ -222,6 +218,17 @@ def cells_panel(
     body = max(60, round(tall * len(rows)))
     share = wide or float(np.clip(len(columns), 5, 16))
     return Panel(traces, x, y, heading, body, _ABOVE if slanted else 30, 16 if slanted else 48, share, shapes=_between_layers(rows))
+
+
+def _marks(where: np.ndarray, less: int, small: bool) -> Spec:
+    """Dots on cells, or hollow triangles that point down."""
+    at = np.argwhere(where)
+    marker: Spec = {"symbol": "circle", "size": 3.5 if small else 5.5, "color": "#111111", "line": {"color": "#ffffff", "width": 1.2}}
+    if less:
+        marker |= {"symbol": "triangle-down", "size": 4 if small else 7, "color": "#ffffff", "line": {"color": "#111111", "width": 1.2}}
+    name = f"{'less, ' if less else ''}corrected p < {ALPHA}"
+    return {"type": "scatter", "mode": "markers", "x": [float(c) + 0.38 for _, c in at], "y": [float(r) - 0.3 for r, _ in at], "hoverinfo": "skip", "showlegend": False, "marker": marker,
+            "cliponaxis": False, "name": name}  # fmt: skip
 
 
 def _named(labels: Sequence[str], most: int) -> Spec:

@@ -11,7 +11,7 @@ import numpy as np
 
 from mechicl.errors import OptionError
 from mechicl.results import KVShift, SimilarityTest
-from mechicl.results.shift import MEASURES
+from mechicl.results.shift import MEASURES, FillerTest
 from mechicl.views.grids import ALPHA, Spec, words
 from mechicl.views.panels import Panel, cells_panel, estimates, head_rows, part_words, passes, rows_panel, scaled, stack, titled
 from mechicl.views.theme import CHOSEN, CONTROL, DIVERGING, RANDOM, SEQUENTIAL
@@ -28,16 +28,23 @@ def _flat(array: np.ndarray) -> np.ndarray:
     return np.asarray(array, dtype=float).reshape(-1, array.shape[-1])
 
 
-def _map(shift: KVShift, p: int, measure: str, *, heading: str, named: bool, marked: np.ndarray | None) -> Panel:
-    """One part against one control."""
+def _sides(change: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cells that pass, upwards and downwards, as rows and columns."""
+    passed, up = _flat(passes(p)) > 0, _flat(change) > 0
+    return passed & up, passed & ~up
+
+
+def _map(shift: KVShift, p: int, measure: str, *, heading: str, named: bool, test: FillerTest | None) -> Panel:
+    """One part against one control; `test`: mark where examples do more, and where less, than the filler."""
     part = shift.parts[p]
     extra = np.stack([_flat(shift.low[measure][p]), _flat(shift.high[measure][p]), _flat(shift.measures["cosine_distance"][p]), _flat(shift.measures["cka"][p])], axis=-1)  # fmt: skip
     hover = (
         f"<b>{part_words(part)} of head %{{y}}, %{{x}}</b><br>{CALLED[measure]} %{{z:.3f}} (%{{customdata[0]:.3f}} to %{{customdata[1]:.3f}})<br>"
         f"1 \u2212 cosine %{{customdata[2]:.3f}}, CKA %{{customdata[3]:.3f}}<br>against {words(shift.control)}, n = {shift.n}<extra></extra>"
     )
-    return cells_panel(_flat(shift.measures[measure][p]), head_rows(shift.layers, shift.heads), shift.spans, heading, hover=hover, extra=extra, marked=marked,
-                       what=f"{part} {shift.control}", named=named, down="layer.KV head")  # fmt: skip
+    more, less = (None, None) if test is None else _sides(test.difference[p], test.p_corrected[p])
+    return cells_panel(_flat(shift.measures[measure][p]), head_rows(shift.layers, shift.heads), shift.spans, heading, hover=hover, extra=extra,
+                       marked=more, below=less,                       what=f"{part} {shift.control}", named=named, down="layer.KV head")  # fmt: skip
 
 
 def _filler_map(shift: KVShift, p: int, heading: str) -> Panel:
@@ -69,9 +76,9 @@ def shift_maps(shift: KVShift, *, measure: str = "relative_l2") -> Spec:
     panels: list[Panel] = []
     for p, part in enumerate(shift.parts):
         for k, one in enumerate(both):
-            beyond = passes(shift.test.p_corrected[p]) if shift.test is not None and with_filler and one.control == "zero-shot" else None
+            test = shift.test if with_filler and one.control == "zero-shot" else None
             heading = f"<b>{part_words(part)}</b> \u00b7 {AGAINST.get(one.control, words(one.control))}"
-            panels.append(_map(one, p, measure, heading=heading, named=k == 0, marked=None if beyond is None else _flat(beyond) > 0))
+            panels.append(_map(one, p, measure, heading=heading, named=k == 0, test=test))
         if with_filler:
             panels.append(_filler_map(shift, p, "filler against zero-shot"))
     each = len(panels) // len(shift.parts)
@@ -83,7 +90,7 @@ def shift_maps(shift: KVShift, *, measure: str = "relative_l2") -> Spec:
     )
     finite = np.concatenate([v[np.isfinite(v)].ravel() for v in values])
     top = float(finite.max()) if finite.size else 1.0
-    dots = f" \u00b7 dot: more than filler does, corrected p < {ALPHA} (Holm)" if with_filler else ""
+    dots = f" \u00b7 dot: more than filler does, triangle: less, corrected p < {ALPHA} (Holm)" if with_filler else ""
     subtitle = f"{CALLED[measure]} by layer, KV head and span, n = {shift.n} episodes; keys before RoPE{dots}"
     titled(spec, "<b>What the examples change in the query's own keys and values</b>", subtitle)
     return scaled(spec, {"colorscale": SEQUENTIAL, "cmin": 0, "cmax": max(top, 1e-9)}, scale="sequential")
@@ -121,6 +128,7 @@ def similarity_rows(test: SimilarityTest) -> Spec:
                         "<b>averaged over layers, heads and spans</b>", title="effect size (Hedges' g, paired), 95 % intervals", level=0.0)  # fmt: skip
     maps: list[Panel] = []
     for p, part in enumerate(test.parts):
+        more, less = _sides(test.effect[p], test.p_corrected[p])
         means: list[Any] = [_flat(test.shift[w, p]) for w in range(len(test.by))]
         extra = np.stack([_flat(test.effect_low[p]), _flat(test.effect_high[p]), _flat(test.p_corrected[p]), means[0], means[-1]], axis=-1)
         hover_text = (
@@ -128,10 +136,10 @@ def similarity_rows(test: SimilarityTest) -> Spec:
             f"shift {words(test.by[0])} %{{customdata[3]:.3f}}, {words(test.by[-1])} %{{customdata[4]:.3f}}, n = {test.n}<extra></extra>"
         )
         maps.append(cells_panel(_flat(test.effect[p]), head_rows(test.layers, test.heads), test.spans, f"<b>{part_words(part)}</b> \u00b7 {words(test.by[0])} minus {words(test.by[-1])}",
-                                  hover=hover_text, extra=extra, marked=_flat(passes(test.p_corrected[p])) > 0, what=f"{part} effect", named=p == 0, down="layer.KV head"))  # fmt: skip
+                                  hover=hover_text, extra=extra, marked=more, below=less, what=f"{part} effect", named=p == 0, down="layer.KV head"))  # fmt: skip
     spec = stack([[pooled], maps], insets=[0.24, 0.0], header=84)
     finite = np.abs(test.effect[np.isfinite(test.effect)])
     half = max(0.2, float(finite.max()) if finite.size else 0.2)
-    subtitle = f"same query, label and number of tokens, other example; likeness by {words(test.embeddings)}; n = {test.n} queries \u00b7 filled, dot: corrected p < {ALPHA} (Holm)"
+    subtitle = f"same query, label and number of tokens, other example; likeness by {words(test.embeddings)}; n = {test.n} queries \u00b7 filled, dot (triangle: less): corrected p < {ALPHA} (Holm)"
     titled(spec, "<b>Does a more similar example shift more?</b>", subtitle, legend=False)
     return scaled(spec, {"colorscale": DIVERGING, "cmin": -half, "cmax": half, "cmid": 0}, scale="diverging", low=True)
