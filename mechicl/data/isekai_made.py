@@ -16,7 +16,7 @@ from PIL import Image
 
 from mechicl.data.folders import fresh_folder
 from mechicl.data.link_pool import LinkClass, Pool
-from mechicl.data.looks import FILLS, KINDS, Split, class_ids, signatures
+from mechicl.data.looks import FILLS, KINDS, Split, class_ids, look, signatures
 from mechicl.data.memes_made import COLOURS, SHAPES
 from mechicl.data.paint import draw_pictures
 from mechicl.data.strokes import FORMS
@@ -45,7 +45,10 @@ def partners(split: Split) -> tuple[tuple[str, int, tuple[int, ...]], ...]:
             for hue, colour in enumerate(COLOURS):
                 at, twins = (forms.index(form), FILLS.index(fill), hue), pairs.get((forms.index(form), hue), [])
                 if at in shapes and twins:
-                    found.append((f"{word}{colour} {noun}", shapes[at], tuple(twins)))
+                    alike = [
+                        twin for twin in twins if look(twin).paper == look(shapes[at]).paper
+                    ]  # on the same ground, where there are any
+                    found.append((f"{word}{colour} {noun}", shapes[at], tuple(alike or twins)))
     return tuple(found)
 
 

@@ -105,6 +105,7 @@ def similarity(
     text: Float[np.ndarray, "cls d_text"],
     *,
     weights: tuple[float, float, float] = WEIGHTS,
+    centre: bool = False,
 ) -> Float[np.ndarray, "cls cls"]:
     """S = w0 tt + w1 (it + ti) + w2 ii, each a cosine.
 
@@ -112,6 +113,7 @@ def similarity(
         image: Mean vector of each class's pictures.
         text: Vector of each class's name.
         weights: Of names with names, of pictures with names (both ways), of pictures with pictures. A weight of 0 leaves its vectors unread.
+        centre: Take the mean over classes off pictures and names first. Not published; of use where all vectors of a model share a large part.
 
     Raises:
         OptionError: not one row per class, vectors of zero length, or pictures and names in spaces of different width (then no picture can be
@@ -130,8 +132,8 @@ def similarity(
             "Use a CLIP-type model, or weights=(0.5, 0, 0.5)."
         )
     total = np.zeros((len(image), len(image)))
-    seen = _unit(image, "image") if cross or ii else None
-    said = _unit(text, "text") if cross or tt else None
+    seen = _unit(image, "image", centre) if cross or ii else None
+    said = _unit(text, "text", centre) if cross or tt else None
     if said is not None:
         total += tt * said @ said.T
     if seen is not None:
@@ -142,10 +144,12 @@ def similarity(
     return total
 
 
-def _unit(rows: np.ndarray, name: str) -> np.ndarray:
+def _unit(rows: np.ndarray, name: str, centre: bool) -> np.ndarray:
     rows = rows.astype(np.float64)
     if not np.isfinite(rows).all():
         raise NotFiniteError(f"{name} must be finite; got NaN or infinity. Check the model that made the vectors.")
+    if centre:
+        rows = rows - rows.mean(0)
     length = np.linalg.norm(rows, axis=1, keepdims=True)
     if (length == 0).any():
         raise OptionError(
@@ -160,8 +164,9 @@ def neighbours(
     text: Float[np.ndarray, "cls d_text"],
     *,
     weights: tuple[float, float, float] = WEIGHTS,
+    centre: bool = False,
     n_intervals: int = N_INTERVALS,
     source: str = "given arrays",
 ) -> Neighbours:
     """Classes ranked by `similarity` of their vectors; see there for what is raised."""
-    return Neighbours(tuple(keys), similarity(image, text, weights=weights), n_intervals, source)
+    return Neighbours(tuple(keys), similarity(image, text, weights=weights, centre=centre), n_intervals, source)
