@@ -67,14 +67,14 @@ def contrast_margin(
             or "item". Distances and matches are means over an exemplar's tokens, attention is their sum.
         distance: "cosine" (1 - cosine) or "euclidean".
         score: What decides whether an answer is right, see `icl_accuracy`.
-        n_null: Shuffles of the labels over each episode's exemplars; None: enough for a corrected p of 0.05.
-        seed: Of shuffles, intervals and ties.
+        n_null: How often each episode's answer is drawn anew among its context's labels, for the null; None: enough for a corrected p of 0.05.
+        seed: Of the null, intervals and ties.
         batch_size: Prompts per forward pass.
         task: What the data are, for the record.
         progress: Show a bar.
 
     Returns:
-        ContrastMargin; `parts["attention"]` is the baseline. p is one-sided against shuffled labels, corrected over the heads of a part (Holm).
+        ContrastMargin; `parts["attention"]` is the baseline. p is one-sided against answers drawn anew among the context's labels, corrected over the heads of a part (Holm).
 
     Raises:
         EpisodeError: no data, or no episode with a right and a wrong exemplar.
@@ -105,7 +105,7 @@ def contrast_margin(
     margin = {name: _margins(near.parts[name], shares, name) for name in near.parts}
     attention = best_held_out(margin[BASELINE], correct)[2]
     made = {
-        name: _part(name, near, shares, margin[name], correct, output, attention, n_null, seed, _words(name, at, keys, distance))
+        name: _part(name, near, margin[name], correct, output, attention, n_null, seed, _words(name, at, keys, distance))
         for name in near.parts
         if not np.isnan(margin[name]).all()
     }
@@ -164,11 +164,11 @@ def _margins(near: np.ndarray, shares: np.ndarray, part: str) -> np.ndarray:
 
 
 def _part(
-    name: str, near: Nearness, shares: np.ndarray, margin: np.ndarray, correct: np.ndarray, output: np.ndarray, attention: np.ndarray, n_null: int, seed: int,
+    name: str, near: Nearness, margin: np.ndarray, correct: np.ndarray, output: np.ndarray, attention: np.ndarray, n_null: int, seed: int,
     words: tuple[str, str],
 ) -> MarginPart:  # fmt: skip
     low, high = bootstrap_interval(margin, seed=seed)
-    null, null_high, p = _null(_signed(near.parts[name], name), near, shares, n_null, seed)
+    null, null_high, p = _null(_signed(near.parts[name], name), near, n_null, seed)
     area, (rho, rho_low, rho_high) = areas(margin, correct), spearman(margin, output)
     best, cells, chosen = best_held_out(margin, correct)
     gain = None
@@ -182,19 +182,26 @@ def _part(
     )  # fmt: skip
 
 
-def _null(signed: np.ndarray, near: Nearness, shares: np.ndarray, n_null: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The margin with labels shuffled over the exemplars of each episode: mean, 97.5 % quantile, one-sided p, [layer, head]."""
-    n, n_layers, n_heads, n_shots = signed.shape
-    mass = torch.from_numpy(signed).float().reshape(n, n_layers * n_heads, n_shots)
-    known, right = torch.from_numpy(near.known), torch.from_numpy(near.right & near.known)
+def _null(signed: np.ndarray, near: Nearness, n_null: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The margin when the answer is drawn anew among the labels of each episode's context: mean, 97.5 % quantile, one-sided p, [layer, head].
+
+    Whole labels are shuffled and not single exemplars: those of one label are alike whatever is asked (they share the label's word), so that exemplars are
+    not exchangeable and a shuffle of them finds margins in networks that have learnt nothing.
+    """
+    n, n_layers, n_heads, _ = signed.shape
+    n_labels = int(near.labels.max()) + 1
+    there = np.stack([(near.labels == k) & near.known for k in range(n_labels)], 1)  # [batch, label, shot]
+    others = near.known[:, None] & ~there
+    share = there / np.maximum(there.sum(-1, keepdims=True), 1) - others / np.maximum(others.sum(-1, keepdims=True), 1)
+    each = np.einsum("blhs,bks->blhk", signed, share).reshape(n, n_layers * n_heads, n_labels)  # the margin if label k were right
+    shown, right = torch.from_numpy(there.any(-1)), torch.from_numpy((there & near.right[:, None]).any(-1))
+    mass = torch.where(shown[:, None], torch.from_numpy(each).float(), 0.0)
 
     def draw(k: int, generator: torch.Generator) -> Tensor:
-        moved = shuffles(right.long(), known, k, generator).bool() & known
-        others = known & ~moved
-        return moved / moved.sum(-1, keepdim=True) - others / others.sum(-1, keepdim=True)
+        return shuffles(right.long(), shown, k, generator).float()
 
-    mean, high, p = shuffled_null(mass, right, torch.from_numpy(shares).float(), draw, n_draws=n_null, seed=seed)
-    return tuple(x.reshape(n_layers, n_heads) for x in (mean, high, p))  # type: ignore[return-value]
+    mean, high, p = shuffled_null(mass, right, right.float(), draw, n_draws=n_null, seed=seed)
+    return mean.reshape(n_layers, n_heads), high.reshape(n_layers, n_heads), p.reshape(n_layers, n_heads)
 
 
 def _area(scores: np.ndarray, correct: np.ndarray) -> Estimate:
@@ -212,7 +219,11 @@ def _notes(near: Nearness, correct: np.ndarray, at: str) -> list[str]:
         notes.append(
             "The right exemplars stand at the same places in every episode, so place and label cannot be told apart: shuffle the shots."
         )
-    if at != "label":
+    if at == "label":
+        notes.append(
+            "Values at labels hold the label's word: a model that likes a word is right where it is the answer, which such a margin tells too."
+        )
+    else:
         notes.append(
             "Margins of keys and values need no training where items of a class look alike: hold them against an untrained model's."
         )

@@ -143,7 +143,8 @@ def _weights(tokens: Bool[Tensor, "batch some pos"], rows: Rows) -> Float[Tensor
 
 @dataclass(frozen=True, eq=False)
 class Nearness:
-    """How near each exemplar is to the query, [batch, layer, head, shot], by part ("attention" among them); `known`, `right` [batch, shot].
+    """How near each exemplar is to the query, [batch, layer, head, shot], by part ("attention" among them); `known`, `right`, and `labels`, the number of
+    each exemplar's label within its episode (-1: no exemplar), [batch, shot].
 
     Distances for "k" and "v" (small is near), matches for "qk" and "rot_qk" in units of attention scores, attention in probability, summed over the matched tokens.
     """
@@ -151,6 +152,7 @@ class Nearness:
     parts: dict[str, np.ndarray]
     known: np.ndarray
     right: np.ndarray
+    labels: np.ndarray
     reasons: dict[tuple[str, int], str]
 
 
@@ -169,23 +171,35 @@ def read_nearness(
     widest = max(len(row) for row in data.candidates) if isinstance(data, Batch) else max(len(episode.candidates) for episode in data)
     size = max(1, batch_size // widest) if at == "label" else batch_size
     found: dict[str, list[np.ndarray]] = {part: [] for part in (*parts, "attention")}
-    known, right, reasons = [], [], {}
+    known, right, labels, reasons = [], [], [], {}
     bar = progress_bar(batches(model, data, size), total=-(-len(data) // size), what="reading keys and values", show=progress)
     for batch in bar:
         places = Places.of(batch, n_shots, at, keys)
         reader = _Reader(model, places, parts, distance)
-        reasons |= reader.reasons
         with model.hooks(fwd_hooks=reader.hooks):
             model.attention_rows(places.wide, reduce=reader.attention)
+        reasons |= reader.reasons
         for part, values in found.items():
             values.append(reader.stacked(part))
         known.append(places.known.numpy())
         right.append(places.right.numpy())
+        labels.append(_label_numbers(batch, n_shots))
     joined = {part: np.concatenate(values) for part, values in found.items()}
     if empty := [part for part in parts if np.isnan(joined[part]).all()]:
         why = next((why for (part, _), why in reasons.items() if part == empty[0]), "no layer gives it")
         raise UnsupportedModelError(f"part {empty[0]!r} must be readable in some layer; {why}. Leave it out of parts.")
-    return Nearness(joined, np.concatenate(known), np.concatenate(right), reasons)
+    return Nearness(joined, np.concatenate(known), np.concatenate(right), np.concatenate(labels), reasons)
+
+
+def _label_numbers(batch: Batch, n_shots: int) -> np.ndarray:
+    """[batch, shot]: exemplars of one label have one number, 0, 1, ... within their episode."""
+    found = np.full((batch.n, n_shots), -1)
+    for i, row in enumerate(batch.spans):
+        names: dict[str, int] = {}
+        for span in row:
+            if span.role == "label" and span.shot >= 0:
+                found[i, span.shot] = names.setdefault(span.label, len(names))
+    return found
 
 
 class _Reader:
@@ -269,7 +283,7 @@ class _Reader:
         return out
 
 
-def distances(query: Float[Tensor, "*some d"], exemplar: Float[Tensor, "*some d"], how: str) -> Float[Tensor, "*some"]:
+def distances(query: Float[Tensor, "*#some d"], exemplar: Float[Tensor, "*#some d"], how: str) -> Float[Tensor, ...]:
     """1 - cosine, or the Euclidean distance. A vector of length nought has cosine nought with any other."""
     if how == "euclidean":
         return (query - exemplar).norm(dim=-1)

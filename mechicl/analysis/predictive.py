@@ -139,8 +139,11 @@ def spearman(scores: ArrayLike, against: ArrayLike) -> tuple[np.ndarray, np.ndar
     rho[np.isnan(flat).any(0)] = np.nan
     if n < 4:
         rho = np.full_like(rho, np.nan)
+    rho = np.clip(rho, -1.0, 1.0)
     z, half = np.arctanh(np.clip(rho, -1 + 1e-12, 1 - 1e-12)), Z * np.sqrt((1 + rho**2 / 2) / max(n - 3, 1))
-    return rho.reshape(shape), np.tanh(z - half).reshape(shape), np.tanh(z + half).reshape(shape)
+    low, high = np.where(rho < 1, np.minimum(np.tanh(z - half), rho), 1.0), np.where(rho > -1, np.maximum(np.tanh(z + half), rho), -1.0)
+    blank = np.where(np.isnan(rho), np.nan, 1.0)
+    return rho.reshape(shape), (low * blank).reshape(shape), (high * blank).reshape(shape)
 
 
 def _checked(scores: ArrayLike, truth: ArrayLike) -> tuple[np.ndarray, np.ndarray]:

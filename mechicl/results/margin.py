@@ -24,7 +24,7 @@ class MarginPart:
         unit: Of `value`.
         value: Mean over episodes, wrong-label exemplars minus right-label ones for distances, right minus wrong for matches.
         low, high: Its 95 % bootstrap interval over episodes.
-        null, null_high: Mean and 97.5 % quantile of the same with labels shuffled over each episode's exemplars.
+        null, null_high: Mean and 97.5 % quantile of the same with each episode's answer drawn anew among the labels of its context.
         p: One-sided, that the margin is above its null; `p_corrected` over the heads of this part (Holm).
         auroc: How well the margin tells, episode by episode, right answers from wrong ones; 0.5 is chance. NaN where it cannot be said.
         auroc_low, auroc_high: Its 95 % interval over episodes.
