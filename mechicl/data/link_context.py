@@ -50,8 +50,8 @@ SENTENCES = Prompt(
     PUBLISHED.question,
     Form(turns="one", question="What is in the image?", before_label='there is "', between='" in the image.\n'),
 )
-"""The published questions and answers: each label stands in its sentence. All examples are in one turn, because a turn of the assistant's has no room behind
-a label."""
+"""The published questions and answers: each label stands in its sentence. All examples are in one turn, because a `Form` has no words behind a label but those
+between examples. Without a chat template the last example's sentence is therefore left open."""
 SHORT = Prompt(INSTRUCTION, QUESTION)
 """What the bundled model was trained on."""
 
