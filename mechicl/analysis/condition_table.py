@@ -63,13 +63,14 @@ def tabulate(found: Mapping[str, FactorShares], *, seed: int = 0) -> ConditionTa
     rows = [ConditionRow(name, c, found[name].accuracy[c], found[name].margin[c]) for name in order for c in found[name].conditions]
     parts = [part for part in next(iter(found.values())).parts if all(part in one.parts for one in found.values())]
     measures = [*(f"share {part}" for part in parts), "accuracy"]
+    counts = {name: _counts(found[name].n, seed + k) for k, name in enumerate(order)}
     trend, finding, notes = {}, {}, []
     for measure in measures:
-        usable = [name for name in order if measure != "accuracy" or _gains(found[name], seed)]
+        usable = [name for name in order if measure != "accuracy" or _gains(found[name])]
         left = [name for name in order if name not in usable]
         if left:
             notes.append(f"Left out of the trend of accuracy, because plain examples are not above chance there: {', '.join(left)}.")
-        trend[measure], finding[measure] = _trend([found[name] for name in usable], names, measure, seed)
+        trend[measure], finding[measure] = _trend([(found[name], counts[name]) for name in usable], names, measure)
     notes.append(
         "Intervals of trends are over episodes within these tasks; they do not say what other tasks would show. In the answers, difficulty and cost are "
         "measured on the same episodes."
@@ -109,17 +110,17 @@ def _effects(name: str, found: FactorShares, seed: int) -> TaskEffects:
     )  # fmt: skip
 
 
-def _gains(found: FactorShares, seed: int) -> bool:
+def _gains(found: FactorShares) -> bool:
     """Whether plain examples lift accuracy above chance: else nothing can be lost."""
     return found.accuracy[found.conditions[0]].low > found.chance
 
 
-def _trend(tasks: Sequence[FactorShares], names: Sequence[str], measure: str, seed: int) -> tuple[Estimate, str]:
-    """Slope of (meaning minus form) on difficulty over tasks, episodes resampled within tasks."""
+def _trend(tasks: Sequence[tuple[FactorShares, np.ndarray]], names: Sequence[str], measure: str) -> tuple[Estimate, str]:
+    """Slope of (meaning minus form) on difficulty over tasks, each with the counts of its resampled episodes."""
     blank = Estimate(float("nan"), float("nan"), float("nan"), len(tasks), "per unit of difficulty", "bootstrap 95 %")
     if len(tasks) < LEAST_TASKS:
         return blank, "not tested"
-    x, y = (np.stack(columns) for columns in zip(*(_resampled(one, names, measure, seed + k) for k, one in enumerate(tasks)), strict=True))
+    x, y = (np.stack(columns) for columns in zip(*(_resampled(one, names, measure, counts) for one, counts in tasks), strict=True))
     if np.ptp(x[:, 0]) < LEAST_SPREAD:
         return blank, "not tested"
     centred = x - x.mean(0)
@@ -133,11 +134,15 @@ def _trend(tasks: Sequence[FactorShares], names: Sequence[str], measure: str, se
     return estimate, "supported" if low > 0 else "contradicted" if high < 0 else "undecided"
 
 
-def _resampled(found: FactorShares, names: Sequence[str], measure: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _counts(n: int, seed: int) -> np.ndarray:
+    """How often each episode counts [1 + draw, batch]: once in what was observed, then in every resample."""
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=N_BOOTSTRAP).astype(np.float64)
+    return np.concatenate([np.ones((1, n)), drawn])
+
+
+def _resampled(found: FactorShares, names: Sequence[str], measure: str, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Difficulty and (meaning minus form) of a task, observed first, then in every resample [1 + draw]."""
     n = found.n
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=N_BOOTSTRAP).astype(np.float64)
-    counts = np.concatenate([np.ones((1, n)), counts])
     plain = counts @ found.correct[found.conditions[0]] / n
     difficulty = 1 - (plain - found.chance) / (1 - found.chance)
     if measure == "accuracy":

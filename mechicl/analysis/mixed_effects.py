@@ -19,6 +19,14 @@ Response = Literal["margin", "accuracy", "share k", "share v"]
 the variation of keys or values in one query, one row per (query, factor)."""
 
 WITHIN = ("task", "form", "model")
+METHODS = ("bfgs", "powell", "nm")
+"""Optimisers, tried in this order until one converges. (L-BFGS ends at a singular covariance where the others find the maximum.)"""
+
+NOUGHT = 1e-4
+"""A variance between groups below this share of the one within counts as none."""
+
+_Table = tuple[dict[str, Estimate], dict[str, float], dict[str, float], float]
+"""Fixed effects, their p, variances between groups, variance within."""
 
 
 def mixed_effects(found: Iterable[FactorShares], *, response: Response = "margin", reml: bool = True) -> MixedEffects:
@@ -36,12 +44,9 @@ def mixed_effects(found: Iterable[FactorShares], *, response: Response = "margin
         OptionError: nothing given, other factors, or a response that does not exist.
     """
     frame = long_table(found, response)
-    many = [name for name in WITHIN if frame[name].nunique() > 1]
-    if response.startswith("share"):
-        terms = ["C(factor, Sum)"]
-    else:
-        terms = [" * ".join(name for name in frame.attrs["factors"])]
-    formula = "value ~ " + " + ".join([*terms, *(f"C({name})" for name in many)])
+    many = [name for name in WITHIN if len(set(frame[name])) > 1]
+    first = "C(factor, Sum)" if response.startswith("share") else " * ".join(frame.attrs["factors"])
+    formula = "value ~ " + " + ".join([first, *(f"C({name})" for name in many)])
     unit = {"margin": "nats", "accuracy": "probability"}.get(response, "share")
     return fit(frame, formula, groups="query", unit=unit, response=response, reml=reml)
 
@@ -130,29 +135,29 @@ def fit(
 
     if missing := [name for name in (groups, *slopes) if name not in frame.columns]:
         raise OptionError(f"columns must be in the table; {missing} are not among {list(frame.columns)}. Name others.")
-    n_groups = int(frame[groups].nunique())
+    n_groups = len(set(frame[groups]))
     if n_groups < 2:
         raise OptionError(f"groups must be at least two; got {n_groups} in column {groups!r}. Give more queries.")
     if not np.isfinite(frame.select_dtypes("number").to_numpy()).all():
         raise OptionError("values must be finite; got NaN or infinity. Leave those rows out.")
     messages: list[str] = []
-    fitted: Any = None
     re_formula = "~" + " + ".join(slopes) if slopes else None
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            model = smf.mixedlm(formula, frame, groups=frame[groups], re_formula=re_formula)
-            fitted = model.fit(reml=reml, method=["lbfgs", "powell"])
-            table = _read(fitted, unit, len(frame))
-        except (np.linalg.LinAlgError, ValueError) as error:
-            messages.append(f"{type(error).__name__}: {error}")
-            table = ({}, {}, {}, float("nan"))
-    messages += [str(one.message) for one in caught]
+    table: _Table = ({}, {}, {}, float("nan"))
+    converged = False
+    for method in METHODS:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                fitted: Any = smf.mixedlm(formula, frame, groups=frame[groups], re_formula=re_formula).fit(reml=reml, method=[method])
+                table = _read(fitted, unit, len(frame))
+                converged = bool(fitted.converged) and _finite(table)
+            except (np.linalg.LinAlgError, ValueError) as error:
+                messages.append(f"{method}: {type(error).__name__}: {error}")
+        messages += [f"{method}: {one.message}" for one in caught]
+        if converged:
+            break
     fixed, p, random, residual = table
-    spread = list(random.values())
-    boundary = any("boundary" in text for text in messages) or bool(spread and min(spread) < 1e-6 * max(residual, 1e-300))
-    broken = any(not np.isfinite(x) for x in (residual, *(e.low for e in fixed.values()), *(e.high for e in fixed.values())))
-    converged = bool(fitted is not None and fitted.converged and fixed and not broken)
+    boundary = bool(random) and min(random.values()) < NOUGHT * residual
     notes = [] if converged else ["The fit did not converge: do not read its numbers."]
     if boundary:
         notes.append(f"A variance between {groups} is at nought: the groups differ no more than the residual makes them.")
@@ -162,7 +167,13 @@ def fit(
     )  # fmt: skip
 
 
-def _read(fitted: Any, unit: str, n: int) -> tuple[dict[str, Estimate], dict[str, float], dict[str, float], float]:
+def _finite(table: _Table) -> bool:
+    """Whether every number was found, intervals too."""
+    fixed, _, _, residual = table
+    return bool(fixed) and bool(np.isfinite([residual, *(x for one in fixed.values() for x in (one.value, one.low, one.high))]).all())
+
+
+def _read(fitted: Any, unit: str, n: int) -> _Table:
     """Fixed effects with Wald intervals, their p, variances between groups and within."""
     interval = fitted.conf_int()
     fixed = {
