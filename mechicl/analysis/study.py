@@ -3,7 +3,7 @@
 Does the model learn from the examples (accuracy, zero-shot, labels permuted)? Which heads look as an in-context learner's should (scores against
 their null), and which are worth most when switched off alone (both on one half of the episodes)? Do they look so elsewhere (the same scores on the
 other half)? And is it they who do it (each set switched off on that other half, beside random heads, one by one and in growing doses)? Where it is asked for: how does the answer
-travel (patching), and by which edges (a circuit)?
+travel (patching), and by which edges (a circuit)? What do the examples change in keys and values?
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from mechicl.analysis.effects import head_effects
 from mechicl.analysis.feed import provenance
 from mechicl.analysis.heads import attention_by_role, score_heads
 from mechicl.analysis.icl import icl_accuracy
+from mechicl.analysis.kv_story import examples_story
 from mechicl.analysis.matched import matched_draws
 from mechicl.analysis.prompts import prompt_view
 from mechicl.analysis.switches import How
@@ -59,6 +60,7 @@ def find_and_prove(
     task: str = "",
     growth: Series | None = None,
     trace: bool = False,
+    kv: bool = False,
     progress: bool = True,
 ) -> Study:
     """Find the heads on one half of the episodes, prove them on the other.
@@ -76,6 +78,7 @@ def find_and_prove(
         task: What the episodes are, for the record.
         growth: The model's training curve, when there is one.
         trace: Also follow the answer through the layers and look for the circuit (`analysis.tracing.trace_answer`).
+        kv: Also say what the examples change in the query's keys and values (`analysis.kv_story.examples_story`).
         progress: Show bars.
 
     Returns:
@@ -132,10 +135,11 @@ def find_and_prove(
         "examples": len(episodes[0].shots),
     }
     traced = trace_answer(model, find, prove, **common) if trace else None
+    changed = examples_story(model, [*prove, *find], **common) if kv else None
     return Study(
         scores=scores, replication=replication, accuracy=accuracy, controls={"labels permuted": permuted.accuracy}, sets=tuple(sets), roles=roles,
         prompts=_prompts(model, prove[:n_prompts], drawn, accuracy, task), growth=growth, n_find=scores.n, n_prove=accuracy.n,
-        provenance=provenance(model, task=task, seed=seed, options=options), notes=tuple(dict.fromkeys((*scores.notes, *_notes(scores.n, replication)))), effects=worth, trace=traced,
+        provenance=provenance(model, task=task, seed=seed, options=options), notes=tuple(dict.fromkeys((*scores.notes, *_notes(scores.n, replication)))), effects=worth, trace=traced, kv=changed,
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from mechicl.results.patching import PatchCost, PatchEffects, SiteEffects, Trans
 from mechicl.results.paths import PathEffects, SpanKnockOut, SpanKnockOuts
 from mechicl.results.readout import Copying, HeadCircuits, LogitAttribution, LogitLens, PromptLens, QKMatch
 from mechicl.results.shift import FillerTest, KVShift, SimilarityEffect, SimilarityTest
-from mechicl.results.study import HeadSet, Series, Study, Trace
+from mechicl.results.study import HeadSet, KVStory, Series, Study, Trace
 from mechicl.results.trainings import Bands, ChangePoint, Claim, Correlations, Emergence, Forest, KnockOut, KnockOutTable
 
 __all__ = [
@@ -67,6 +67,7 @@ __all__ = [
     "HeadSet",
     "ICLAccuracy",
     "KVShift",
+    "KVStory",
     "KindOverlap",
     "KnockOut",
     "KnockOutTable",

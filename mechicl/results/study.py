@@ -12,8 +12,11 @@ from mechicl.results.answers import Ablation, DoseCurve, ICLAccuracy
 from mechicl.results.attribution import EdgeScores
 from mechicl.results.base import Estimate, Head, Provenance
 from mechicl.results.circuits import Circuit, CircuitCurve
+from mechicl.results.factors import FactorShares
 from mechicl.results.heads import HeadScores, PromptView, RoleAttention, Score
+from mechicl.results.margin import ContrastMargin
 from mechicl.results.patching import PatchEffects
+from mechicl.results.shift import KVShift, SimilarityTest
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,12 +86,30 @@ class Trace:
 
 
 @dataclass(frozen=True, eq=False)
+class KVStory:
+    """What the examples change in the query's keys and values. The definitions are mechicl's own; the paper's could not be read.
+
+    `shift`: against filler and zero-shot prompt. `shares`: meaning against form. `margin`: nearer to right exemplars than to wrong ones, and whether that tells right
+    answers from wrong; `prompts` says on which prompts. `similarity`: whether examples like the query shift more. What could not be done, or was not asked, is None;
+    `notes` say why.
+    """
+
+    shift: KVShift | None
+    shares: FactorShares | None
+    margin: ContrastMargin | None
+    similarity: SimilarityTest | None
+    prompts: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
 class Study:
     """The whole story of one model on one task: does it learn from the examples, which heads do it, and what happens without them.
 
     Heads are ranked on `n_find` episodes (`scores`) and everything else is measured on `n_prove` other episodes, `replication` being the same scores
     there. `controls`: accuracies of the intact model under a control, by name. `growth`: the same heads along training, where it was logged. `effects`: what each head is
-    worth when it is switched off alone, in nats of margin, on the episodes that serve to find heads. `trace`: patching and circuit, where they were asked for.
+    worth when it is switched off alone, in nats of margin, on the episodes that serve to find heads. `trace`: patching and circuit, `kv`: keys and values,
+    where they were asked for.
     """
 
     scores: HeadScores
@@ -105,3 +126,4 @@ class Study:
     notes: tuple[str, ...] = ()
     effects: Score | None = None
     trace: Trace | None = None
+    kv: KVStory | None = None
