@@ -1,4 +1,4 @@
-"""Write the notebooks of the claims, 02 to 07, and of interventions, 08 and 09: python notebooks/make/notebooks.py
+"""Write the notebooks of the claims, 02 to 07, and of causes, 08 to 10: python notebooks/make/notebooks.py
 
 A notebook is a list of cells below: text that starts with "# ", "## " or plain words is Markdown, what starts with ">>>" is code. Outputs are not kept.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import answers
+import changes
 import nbformat
 from claims_one_modality import DECODER_SCALE, ICL_AGAINST_WEIGHTS, ROPE
 from claims_two_modalities import KNOCK_OUTS, MEASURES, MODALITIES
@@ -21,6 +22,7 @@ NOTEBOOKS = {
     "07_which_measure_predicts_icl": MEASURES,
     "08_how_does_the_answer_get_to_the_query": answers.VLM,
     "09_the_same_calls_on_a_trained_toy": answers.TOY,
+    "10_what_does_an_example_change": changes.CHANGE,
 }
 SETUP = """>>>
 import os
@@ -47,7 +49,7 @@ def books() -> dict[str, nbformat.NotebookNode]:
     """Every notebook by its name."""
     out = {}
     for name, texts in NOTEBOOKS.items():
-        setup = answers.SETUP if texts in (answers.VLM, answers.TOY) else SETUP
+        setup = answers.SETUP if texts in (answers.VLM, answers.TOY) else changes.SETUP if texts is changes.CHANGE else SETUP
         texts = [text.replace("NAME", name) for text in (texts[0], setup, *texts[1:])]
         book = nbformat.v4.new_notebook(
             cells=[cell(text, i) for i, text in enumerate(texts)],
