@@ -1,0 +1,34 @@
+"""Every page of the documentation is true: its Python runs, and what it links is there."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+ELSEWHERE = ("anchored", "attribution", "sweeps", "toys")
+"""Pages whose Python other tests run, with assertions of their own."""
+
+
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p) and p.stem not in ELSEWHERE], ids=lambda p: p.stem)
+def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, object] = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        for block in blocks(page):
+            exec(compile(block, page.name, "exec"), space)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_what_a_page_links_is_there(page: Path) -> None:
+    for target in re.findall(r"\]\((?!http|#)([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+    for module in re.findall(r"(benchmarks\.\w+)", page.read_text(encoding="utf-8")):
+        assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
