@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -229,6 +230,13 @@ def test_an_episode_that_cannot_be_compared_is_left_out_with_the_reason() -> Non
         kv_shift(untrained(renderer=used_up), toy_episodes(4, classes=2, vocabulary=used_up.vocabulary), control="filler", **QUIET)
 
 
+def test_one_example_is_enough() -> None:
+    one = [replace(episode, shots=episode.shots[:1]) for episode in pictures()]
+    assert kv_shift(mechicl.load("demo"), one, **QUIET).n == 6
+    with pytest.raises(EpisodeError, match="shots must not be empty"):
+        kv_shift(mechicl.load("demo"), [episode.without_shots() for episode in one], **QUIET)
+
+
 def test_options_that_do_not_exist_are_refused() -> None:
     model, episodes = untrained(), toy_episodes(4, classes=2)
     batch = model.render(episodes)
@@ -241,7 +249,7 @@ def test_options_that_do_not_exist_are_refused() -> None:
         for options in wrong:
             with pytest.raises(OptionError):
                 kv_shift(model, episodes, **{**QUIET, **options})
-        with pytest.raises(EpisodeError, match="without any"):
+        with pytest.raises(EpisodeError, match="knows them"):
             kv_shift(model, naked, **QUIET)
         with pytest.raises(EpisodeError):
             kv_shift(model, [], **QUIET)

@@ -20,7 +20,7 @@ from mechicl.results import Skipped
 
 OUTSIDE = ("instruction",)
 """Spans that are not the query's: where they have other tokens in the control only they are left out, not the episode."""
-SPANS = ("query image", "query text", "query question", "query open", "query close", "last token")
+SPANS = ("query image", "query text", "query question", "query open", "last token")
 """The query's own tokens."""
 
 

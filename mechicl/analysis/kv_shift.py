@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mechicl.analysis.feed import Data, check_data, ids_of, progress_bar, provenance, rehearse
+from mechicl.analysis.feed import Data, ids_of, progress_bar, provenance, rehearse
 from mechicl.analysis.kv_measures import cka_interval
 from mechicl.analysis.kv_pairs import OUTSIDE, SPANS, Prompts, Table, Wanted, read_prompts
 from mechicl.analysis.kv_read import Part, check_parts, readable_layers
@@ -80,8 +80,7 @@ def kv_shift(
     Source:
         The claim: Miyanishi and Nguyen 2024. The definition is ours.
     """
-    check_data(data, batch_size)
-    names, episodes, renderer = ids_of(data), episodes_of(data), renderer_of(model, data)
+    names, episodes, renderer = ids_of(data), episodes_of(data, batch_size), renderer_of(model, data)
     asked, given = _controls(control, len(episodes))
     chosen, why = readable_layers(model, check_parts(parts), layers)
     cells = tuple((part, layer) for layer in chosen for part in parts if (part, layer) not in why)
@@ -130,15 +129,23 @@ def check_spans(spans: Sequence[str] | None) -> tuple[str, ...]:
     return wanted
 
 
-def episodes_of(data: Data) -> list[Episode]:
-    """The episodes of the data.
+def episodes_of(data: Data, batch_size: int = 1) -> list[Episode]:
+    """The episodes of the data, checked. One example is enough here, and so are examples of one label.
 
     Raises:
-        EpisodeError: a Batch without episodes.
+        EpisodeError: no data, a Batch without episodes, or an episode without examples.
+        OptionError: batch_size is below one.
     """
+    if batch_size < 1:
+        raise OptionError(f"batch_size must be at least 1; got {batch_size}. Choose how many prompts go through the model at once.")
     episodes = list(data.episodes) if isinstance(data, Batch) else list(data)
     if not episodes:
-        raise EpisodeError("data must know its episodes, to be rendered without their examples; got a Batch without any. Pass episodes.")
+        raise EpisodeError("data must be episodes, or a Batch that knows them, to be rendered without examples; got none. Pass episodes.")
+    for k, episode in enumerate(episodes):
+        if not episode.shots:
+            raise EpisodeError(
+                f"episode {episode.id or k}: shots must not be empty; got none. Without an example there is nothing to shift."
+            )
     return episodes
 
 
