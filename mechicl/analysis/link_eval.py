@@ -215,6 +215,11 @@ def shot_settings(
     return [Setting(f"{k} shot{'s' if k != 1 else ''}", float(k), [at_shots(episode, k) for episode in episodes]) for k in counts]
 
 
+def link_questions(data: Pool | Sequence[LinkTask] | Sequence[Episode], shots: int, **options: Any) -> list[Episode]:
+    """The questions of `evaluate_link` at one number of shots, for `mechicl.analysis.link_prior`. Options (protocol, n, labels, prompt, size, seed) as there."""
+    return list(shot_settings(data, (shots,), **options)[0].episodes)
+
+
 def _episodes(given: Sequence[LinkTask] | Sequence[Episode], shots: int, prompt: Prompt, size: int | None, seed: int) -> list[Episode]:
     """Questions as episodes; each file is read once."""
     if not given:

@@ -101,6 +101,17 @@ def run_settings(
         OptionError, EpisodeError, ImageError: see `check_settings`; or no episode can be asked in all settings.
         CheckpointError, OutputPathError: `out` holds another evaluation, or cannot be written.
     """
+    answers, store = collect(model, settings, job, out)
+    result = mark(model, settings, job, answers, embeddings)
+    if store is not None:
+        store.finish(result)
+    return result
+
+
+def collect(
+    model: Any, settings: Sequence[Setting], job: Job, out: str | os.PathLike[str] | None
+) -> tuple[dict[tuple[str, int], Asked], AnswerStore | None]:
+    """Answers by (setting, episode), those that `out` has already and the others asked now."""
     check_settings(model, settings, job)
     store = None if out is None else AnswerStore(out, job.asked(model, settings))
     answers = {} if store is None else store.load()
@@ -116,10 +127,7 @@ def run_settings(
         answers |= {(one.name, i): answer for i, answer in zip(rows, found, strict=True)}
         bar.update(len(rows))
     bar.close()
-    result = mark(model, settings, job, answers, embeddings)
-    if store is not None:
-        store.finish(result)
-    return result
+    return answers, store
 
 
 def _parts(model: Any, one: Setting, job: Job, known: Mapping[tuple[str, int], Asked]) -> list[list[int]]:
