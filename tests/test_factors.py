@@ -13,13 +13,15 @@ import mechicl
 from mechicl.analysis.factors import factor_shares
 from mechicl.analysis.shares import decompose
 from mechicl.data import concepts
+from mechicl.data.gaussian import UnimodalTask, draw
 from mechicl.errors import EpisodeError, OptionError
-from mechicl.models.planted import planted_induction, untrained
+from mechicl.models.planted import planted_induction, planted_vectors, untrained
 from mechicl.models.toy_prompts import ToyRenderer, toy_episodes
 from mechicl.models.vlm import HookedVLM
 from mechicl.prompts.conditions import cross, crossing
 from mechicl.prompts.episode import Episode, Shot
 from mechicl.prompts.reform import FORMS
+from mechicl.prompts.vectors import episodes as vector_episodes
 
 Organism = Callable[..., tuple[Any, Any]]
 FAST: dict[str, Any] = {"progress": False, "n_permutations": 99}
@@ -143,10 +145,24 @@ def test_three_factors_and_two_breaks() -> None:
     factors = {"label": "other label", "item": ["other class"], "format": "label first"}
     found = factor_shares(model, toy_episodes(5, classes=3), factors=factors, parts=("v",), layers=[1], **FAST)  # type: ignore[arg-type]
     assert found.factors == ("label", "item", "format")
+    shared = factor_shares(model, toy_episodes(5, classes=3), factors=factors, parts=("v",), layers=[1], interactions="shared", **FAST)  # type: ignore[arg-type]
+    assert np.nanmax(np.abs(shared.shares["interaction"])) < 1e-12
+    assert np.nansum([shared.shares[f] - found.shares[f] for f in found.factors]) > 0
     assert len(found.conditions) == 9
     assert found.layers == (1,)
     assert found.parts == ("v",)
     np.testing.assert_allclose(sums(found), 1, atol=1e-10)
+
+
+def test_sequences_of_vectors_are_run_too() -> None:
+    drawn = draw(UnimodalTask(K=64, L=8, D=32, N=4, B=2, no_repeats=True), 6, torch.Generator().manual_seed(0), split="ic")
+    found = factor_shares(
+        planted_vectors(drawn.task).model, vector_episodes(drawn, candidates="context"), semantics="noise", format="label first", **FAST
+    )
+    assert found.accuracy["kept+kept"].value > 0.9
+    assert found.accuracy["noise+kept"].value < found.accuracy["kept+kept"].low
+    assert found.margin["kept+label first"].high < found.margin["kept+kept"].low  # it looks for a label behind the item
+    assert found.spans == ("last token",)  # the query is one token
 
 
 def test_same_seed_same_numbers_and_nothing_is_left_behind() -> None:

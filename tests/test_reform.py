@@ -98,15 +98,19 @@ def test_forms_put_things_where_they_say(kind: str, organism: Organism) -> None:
 def test_meaning_breaks_and_form_stays() -> None:
     several = concepts.draw(6, classes=3, shots=2, size=28, seed=0)
     for k, clean in enumerate(several):
-        for name in ("noise", "other class", "other label"):
+        for name in ("noise", "other class", "other label", "labels dealt anew"):
             broken = BREAKS[name](clean, seed=k, donors=several)
             assert broken.query is clean.query
             assert broken.form == clean.form
             assert [[i.size for i in s.images] for s in broken.shots] == [[i.size for i in s.images] for s in clean.shots]
             labels = [s.label for s in broken.shots]
-            if name == "other label":
+            if name == "labels dealt anew":
+                assert sorted(labels) == sorted(s.label for s in clean.shots)
+                assert labels != [s.label for s in clean.shots]
+            elif name == "other label":
                 assert all(a != s.label for a, s in zip(labels, clean.shots, strict=True))
                 assert len(set(labels)) > 1
+            if "label" in name:
                 assert [s.images for s in broken.shots] == [s.images for s in clean.shots]
             else:
                 assert labels == [s.label for s in clean.shots]

@@ -16,7 +16,7 @@ from mechicl.analysis.factor_runs import ZERO_SHOT, Answered, Read, check_change
 from mechicl.analysis.feed import check_data, ids_of, progress_bar, provenance, rehearse
 from mechicl.analysis.kv_read import Part
 from mechicl.analysis.labels import LabelScore, check_score
-from mechicl.analysis.shares import decompose_gram, ratio_of_sums
+from mechicl.analysis.shares import Interactions, decompose_gram, ratio_of_sums
 from mechicl.analysis.statistics import holm, mean_estimate, wilson
 from mechicl.errors import EpisodeError, OptionError
 from mechicl.prompts.conditions import SPANS, Change, Crossed, cross, crossing
@@ -36,6 +36,7 @@ def factor_shares(
     spans: Sequence[str] | None = None,
     replicates: int = 2,
     vary: Sequence[str] = ("order", "names"),
+    interactions: Interactions = "apart",
     score: LabelScore = "full",
     n_permutations: int = 1999,
     seed: int = 0,
@@ -55,6 +56,7 @@ def factor_shares(
         spans: Some of `conditions.SPANS`; None: all that the prompts have.
         replicates: Draws of every condition; with one there is no residual, and p compares a factor with the interaction.
         vary: What differs between replicates, see `conditions.cross`.
+        interactions: "apart": a source of its own. "shared": divided among the factors (Shapley values), which is easier to read with more than two.
         score: What decides between candidates.
         n_permutations: Draws of the null.
         seed: Decides all draws.
@@ -93,7 +95,7 @@ def factor_shares(
             f"episodes must allow every condition; none of {len(episodes)} does (first: {read.skipped[0].reason}). Choose other changes."
         )
     split = decompose_gram(
-        read.stacked(), crossed.design.numpy(), [one.name for one in chosen], blocks=crossed.replicate.numpy(), n_permutations=n_permutations, seed=seed,
+        read.stacked(), crossed.design.numpy(), [one.name for one in chosen], blocks=crossed.replicate.numpy(), interactions=interactions, n_permutations=n_permutations, seed=seed,
         floor=read.floor(model) ** 2 * len(crossed.design),
     )  # fmt: skip
     options = {

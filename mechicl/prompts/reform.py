@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 
 from mechicl.errors import EpisodeError, OptionError
-from mechicl.prompts.corrupt import title
+from mechicl.prompts.corrupt import permute_labels, title
 from mechicl.prompts.disturb import disturb_images
 from mechicl.prompts.episode import Episode, Shot
 from mechicl.prompts.form import Form
@@ -97,6 +97,15 @@ def other_label(episode: Episode, *, seed: int = 0, donors: Sequence[Episode] = 
     raise EpisodeError(f"{title(episode)}: exemplars must be able to show two other labels; they cannot. Add exemplars of another class.")
 
 
+def dealt_labels(episode: Episode, *, seed: int = 0, donors: Sequence[Episode] = ()) -> Episode:
+    """The exemplars' own labels are dealt out anew among them: the same pictures and the same words, only what goes with what is broken.
+
+    Raises:
+        EpisodeError: all exemplars have one label.
+    """
+    return permute_labels(episode, seed=seed)
+
+
 def rename(episode: Episode, *, seed: int = 0, donors: Sequence[Episode] = ()) -> Episode:
     """Candidates exchange their names everywhere, the answer's too: another prompt with the same meaning, where names are arbitrary."""
     draw = np.random.default_rng([seed, 13])
@@ -131,6 +140,7 @@ BREAKS: Mapping[str, Reform] = {
     "noise": noise_items,
     "other class": other_class,
     "other label": other_label,
+    "labels dealt anew": dealt_labels,
 }
 """Meaning broken, form kept."""
 
