@@ -5,8 +5,10 @@
     mechicl ablate --model demo --top 4 --by induction
     mechicl patch --pairs swap_exemplars --sites resid_pre,z --out runs/patch
     mechicl circuit --method EAP-IG --target 0.85 --out runs/circuit
+    mechicl kv --factors --margin --out runs/kv
     mechicl doctor Qwen/Qwen2.5-VL-3B-Instruct
     mechicl train vlm --family qwen2_5_vl --out runs/organism
+    mechicl adapt demo --strategy 2-way-random --out runs/link
     mechicl sweep spec.toml --out runs/sweep --workers 2
 
 What can be refused is refused before a model is loaded. Numbers go to stdout, everything else to stderr; a mistake is one line and exit code 2.
@@ -14,7 +16,7 @@ What can be refused is refused before a model is loaded. Numbers go to stdout, e
 
 from __future__ import annotations
 
-from mechicl.cli import heads, patch, report, sweep, train
+from mechicl.cli import adapt, heads, kv, patch, report, sweep, train
 from mechicl.cli.app import app, training
 from mechicl.cli.heads import parse_heads
 
@@ -25,7 +27,9 @@ app.command()(heads.heads)
 app.command()(heads.ablate)
 app.command()(patch.patch)
 app.command()(patch.circuit)
+app.command()(kv.kv)
 app.command()(heads.doctor)
 training.command("vlm")(train.train_vlm)
 training.command("toy")(train.train_toy)
 app.command()(sweep.sweep)
+app.command()(adapt.adapt)

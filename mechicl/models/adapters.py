@@ -117,13 +117,14 @@ def read_adapters(hf: nn.Module, folder: str | Path) -> Any:
         UnsupportedModelError: the adapter is of a kind that cannot be merged.
     """
     from peft import PeftModel
+    from safetensors import SafetensorError
 
     base_of(folder)
     try:
         with quietly(), warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             model = PeftModel.from_pretrained(hf, str(folder))  # type: ignore[arg-type]
-    except (RuntimeError, ValueError, TypeError, OSError) as error:
+    except (SafetensorError, RuntimeError, ValueError, TypeError, OSError) as error:
         raise CheckpointError(f"adapter folder must fit its base model; {folder} does not: {str(error).splitlines()[0]}") from error
     missing = [str(one.message).splitlines()[0] for one in said if "missing" in str(one.message)]
     if missing:

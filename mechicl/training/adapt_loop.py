@@ -119,7 +119,7 @@ class Loop:
         self.step = 0
         self.close: tuple[int, ...] | None = None
         if course.save_memory:
-            hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            hf.activation_checkpointing_enable({"use_reentrant": False})
         self.weights = dict(trainable(hf))
         found = run.take()
         if found is not None:
