@@ -6,6 +6,7 @@ so these are our own definitions.
 x is a vector in parts, [head, d], less the mean of the fitted episodes' vectors, and W [head, d, d_out]:
   linear      f(x) = sum_h x_h W_h
   attention   f(x) = sum_h a_h x_h W_h, a = heads * softmax_h(x_h . u_h / sqrt(d)): which heads speak depends on what they hold
+              (a choice with many bad beginnings: fitted from several, the best on validation is kept)
   mixed       f(x) = (sum_h x_h W_h) * e_g, e_g [d_out] for each task x model g (the fixed effect), W shared (the random effect)
   loss        max(0, margin - cos(f(query), f(right)) + cos(f(query), f(wrong))), half of it over the episode's own wrong exemplars, half over other episodes'
               exemplars in the batch that show something else.
@@ -48,7 +49,8 @@ def contrast_map(
     batch_size: int = 64,
     seed: int = 0,
 ) -> ContrastMap:
-    """Fit a contrastive map, stop it on validation episodes, judge it on held-out ones beside plain cosine and beside the same fit on shuffled labels.
+    """Fit a contrastive map, stop it on validation episodes, judge it on held-out ones beside plain cosine and beside the same fit on shuffled episodes (every query
+    with the exemplars and labels of another episode).
 
     Args:
         pairs: From `contrast_pairs`, one or several (tasks x models, all of one shape [head, d]).
@@ -61,7 +63,7 @@ def contrast_map(
         epochs: At most.
         patience: Epochs without a better validation loss before it stops; the best epoch is kept.
         batch_size: Episodes of a step, whose exemplars are each other's negatives.
-        seed: Of the split, the order and the shuffled labels. Same seed, same map.
+        seed: Of the split, the order and the shuffled episodes. Same seed, same map.
 
     Returns:
         ContrastMap. `above_shuffled` is what the labels taught; a `gain` that the shuffled map has too comes from centring or from fewer dimensions.

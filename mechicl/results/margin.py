@@ -202,7 +202,8 @@ class ContrastMap:
         score: With the map, on held-out episodes.
         plain: Plain cosine, same episodes.
         gain: score - plain, paired.
-        shuffled: The map fitted on shuffled labels, judged on the same episodes by the true ones; `shuffled_gain` is its gain over plain cosine.
+        shuffled: The map fitted on shuffled episodes (every query with the exemplars and labels of another), judged on the same true ones;
+            `shuffled_gain` is its gain over plain cosine.
         above_shuffled: score - shuffled, paired: what the labels taught, beyond what fitting any map does.
         auroc: How well the mapped margin tells right answers from wrong ones on held-out episodes; None where answers were not given.
         plain_auroc: The same of plain cosine.
