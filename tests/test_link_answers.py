@@ -93,7 +93,7 @@ def test_prompts_written_in_a_batch_are_written_so_alone(family: str, organism: 
     found = ask(model, episodes, How(limit=5))
     assert written_alone(model, episodes, [one.text for one in found], How(limit=5)) == (3, 3)
     batch = model.render(episodes[:1])
-    plain = model.hf.generate(**{k: v for k, v in batch.inputs.items()}, max_new_tokens=5, do_sample=False)
+    plain = model.hf.generate(**dict(batch.inputs), max_new_tokens=5, do_sample=False)
     new = plain[0, batch.n_pos :]
     assert model.processor.tokenizer.decode(new, skip_special_tokens=True).strip() == found[0].text
 

@@ -254,7 +254,7 @@ def test_a_run_killed_outright_loses_the_batch_in_flight_only(
     with pytest.raises(CheckpointError, match="episodes was"):
         evaluate(real, pool, out=folder, seed=1, **options)
     (folder / "answers.jsonl").write_text("no\n")
-    with pytest.raises(CheckpointError, match="answers.jsonl must hold finished batches"):
+    with pytest.raises(CheckpointError, match=r"answers\.jsonl must hold finished batches"):
         evaluate(real, pool, out=folder, **options)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "x").write_text("")
