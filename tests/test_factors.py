@@ -165,6 +165,17 @@ def test_sequences_of_vectors_are_run_too() -> None:
     assert found.spans == ("last token",)  # the query is one token
 
 
+def test_layers_read_a_few_at_a_time_give_the_same_shares(monkeypatch: pytest.MonkeyPatch, organism: Organism) -> None:
+    model = hooked("qwen2_5_vl", organism)
+    episodes = concepts.draw(2, classes=2, shots=1, size=28, seed=3)
+    whole = factor_shares(model, episodes, **FAST)
+    monkeypatch.setattr("mechicl.analysis.factor_runs.MOST_BYTES", 1)
+    parts = factor_shares(model, episodes, **FAST)
+    assert whole.layers == parts.layers == tuple(range(model.cfg.n_layers))
+    for name in whole.sources:
+        np.testing.assert_array_equal(whole.shares[name], parts.shares[name])
+
+
 def test_same_seed_same_numbers_and_nothing_is_left_behind() -> None:
     model = untrained(positions="rope")
     episodes = toy_episodes(5, classes=3)
@@ -191,6 +202,8 @@ def test_the_bundled_model_loses_its_answer_with_the_meaning_not_with_every_form
 def test_what_cannot_be_told_is_refused(organism: Organism) -> None:
     model = untrained()
     episodes = toy_episodes(3, classes=3)
+    with pytest.raises(OptionError, match=r"Pass batch\.episodes"):
+        factor_shares(model, model.render(episodes), **FAST)
     with pytest.raises(OptionError, match="spans must be among"):
         factor_shares(model, episodes, spans=("query label",), **FAST)
     with pytest.raises(OptionError, match="n_permutations"):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechicl.analysis.kv_read import KVRows, Part, read_kv
+from mechicl.analysis.kv_read import KVRows, Part, read_kv, why_not
 from mechicl.analysis.labels import LabelScore, answer, margins, predict
 from mechicl.errors import OptionError
 from mechicl.prompts.conditions import SPANS, Crossed, query_spans, query_tokens, unchanged
@@ -18,6 +18,8 @@ from mechicl.prompts.episode import Episode
 from mechicl.results import Skipped
 
 ZERO_SHOT = "zero-shot"
+MOST_BYTES = 1 << 30
+"""Keys and values held at once, of the query's tokens in all runs of an episode."""
 FLOOR = 1e-5
 """A cell whose variation is smaller than this against its own length is not moved: rounding is not decomposed (in half precision the floor is its step)."""
 
@@ -100,37 +102,42 @@ class Read:
         batch_size: int,
     ) -> str:
         """Read one episode; returns why it cannot be used, "" where it was."""
-        runs, tokens = [], []
-        for start in range(0, len(crossed.runs[e]), batch_size):
-            batch = model.render(list(crossed.runs[e][start : start + batch_size]))
-            tokens += query_tokens(batch)
-            runs.append(_rows(read_kv(model, batch, _asked(batch, spans), parts, layers)))
+        chunks = [model.render(list(crossed.runs[e][start : start + batch_size])) for start in range(0, len(crossed.runs[e]), batch_size)]
+        tokens = [one for batch in chunks for one in query_tokens(batch)]
         if any(one != tokens[0] for one in tokens):
             return "the query's own tokens are not the same under all conditions"
         zero = model.render([crossed.zero_shot[e]])
         comparable = query_tokens(zero)[0] == tokens[0]
-        rows = read_kv(model, zero, _asked(zero, spans), parts, layers)
-        self._say(rows, comparable)
-        base = _rows(rows)
-        wanted = tuple(SPANS if spans is None else (name for name in SPANS if name in spans))
-        mine = [_episode([one[name] for one in runs], base[name], comparable) if name in base else None for name in wanted]
-        if self.spans and wanted != self.spans:
-            raise AssertionError(wanted)
-        self.parts, self.layers, self.spans = tuple(parts), rows.layers, wanted
-        like = next(one for one in mine if one is not None)
-        blank = (np.full_like(like[0], np.nan), np.full_like(like[1], np.nan))
-        self.heads = like[1].shape[2]
-        self.grams.append(np.stack([(one or blank)[0] for one in mine], 3))
-        self.common.append(np.stack([(one or blank)[1] for one in mine], 3))
-        return ""
-
-    def _say(self, rows: KVRows, comparable: bool) -> None:
-        for (part, layer), why in rows.reasons.items():
-            self.notes[f"{part} of layer {layer} is left out: {why}."] = None
         if not comparable:
             self.notes[
                 "Alone, the query's picture has other tokens than beside examples: what all conditions share (common) is not known there."
             ] = None
+        wanted = tuple(SPANS if spans is None else (name for name in SPANS if name in spans))
+        found: list[tuple[np.ndarray, np.ndarray]] = []
+        chosen = self._layers(model, parts, layers)
+        n_rows = len(tokens) * sum(len(ids) for ids in tokens[0].values())
+        for group in _groups(model, chosen, n_rows * len(parts)):
+            base = _rows(read_kv(model, zero, _asked(zero, spans), parts, group))
+            runs = [_rows(read_kv(model, batch, _asked(batch, spans), parts, group)) for batch in chunks]
+            mine = [_episode([one[name] for one in runs], base[name], comparable) if name in base else None for name in wanted]
+            like = next(one for one in mine if one is not None)
+            blank = (np.full_like(like[0], np.nan), np.full_like(like[1], np.nan))
+            found.append((np.stack([(one or blank)[0] for one in mine], 3), np.stack([(one or blank)[1] for one in mine], 3)))
+        self.parts, self.layers, self.spans = tuple(parts), tuple(chosen), wanted
+        self.grams.append(np.concatenate([gram for gram, _ in found], 1))
+        self.common.append(np.concatenate([common for _, common in found], 1))
+        self.heads = self.grams[-1].shape[2]
+        return ""
+
+    def _layers(self, model: Any, parts: Sequence[Part], layers: Sequence[int] | None) -> list[int]:
+        """Layers to read: those asked for, or all that have keys and values of the prompt's tokens."""
+        if layers is not None:
+            return [int(layer) for layer in layers]
+        reasons = {layer: next((why for part in parts if (why := why_not(model, layer, part))), "") for layer in range(model.cfg.n_layers)}
+        for layer, why in reasons.items():
+            if why:
+                self.notes[f"Layer {layer} is left out: {why}."] = None
+        return [layer for layer, why in reasons.items() if not why] or list(reasons)  # without any, reading says why
 
     def stacked(self) -> np.ndarray:
         """All episodes, nought where a cell is not there; spans that no prompt has left out."""
@@ -144,6 +151,13 @@ class Read:
         """Least variation that is more than rounding."""
         dtype = getattr(model.cfg, "dtype", torch.float32)
         return max(FLOOR, torch.finfo(dtype).eps) if isinstance(dtype, torch.dtype) and dtype.is_floating_point else FLOOR
+
+
+def _groups(model: Any, layers: Sequence[int], n_rows: int) -> list[list[int]]:
+    """The layers, as many at a time as their rows may fill; each group is a forward pass more."""
+    heads = getattr(model.cfg, "n_key_value_heads", None) or model.cfg.n_heads
+    size = max(1, int(MOST_BYTES // max(1, 4 * n_rows * heads * model.cfg.d_head)))
+    return [list(layers[start : start + size]) for start in range(0, len(layers), size)]
 
 
 def _asked(batch: Any, spans: Sequence[str] | None) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from mechicl.analysis.labels import LabelScore, check_score
 from mechicl.analysis.shares import Interactions, decompose_gram, ratio_of_sums
 from mechicl.analysis.statistics import holm, mean_estimate, wilson
 from mechicl.errors import EpisodeError, OptionError
+from mechicl.prompts.batch import Batch
 from mechicl.prompts.conditions import SPANS, Change, Crossed, cross, crossing
 from mechicl.prompts.episode import Episode
 from mechicl.results import Decomposition, Estimate, FactorShares, Skipped
@@ -71,6 +72,8 @@ def factor_shares(
         OptionError: an option out of range; a change that changes nothing on this model.
         EpisodeError: no usable episode.
     """
+    if isinstance(episodes, Batch):
+        raise OptionError("episodes must be a list of episodes, because their examples are rewritten; got a Batch. Pass batch.episodes.")
     check_data(episodes, batch_size)
     check_score(score)
     if spans is not None and not set(spans) <= set(SPANS):
