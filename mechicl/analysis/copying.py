@@ -76,7 +76,7 @@ def copying(
 def positive_share(eigenvalues: np.ndarray) -> float:
     """Share of the eigenvalues' absolute values whose real part is positive; NaN where all are zero."""
     size = np.abs(eigenvalues)
-    return float(size[eigenvalues.real > 0].sum() / size.sum()) if size.sum() else float("nan")
+    return float(size[np.real(eigenvalues) > 0].sum() / size.sum()) if size.sum() else float("nan")
 
 
 def _ratio(eigenvalues: np.ndarray) -> float:
