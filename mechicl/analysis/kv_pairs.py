@@ -45,7 +45,7 @@ class Prompts:
 
 @dataclass(frozen=True, eq=False)
 class Read:
-    """Keys and values of the asked spans: `values[part][layer]` is [batch, row, kv_head, d_head] on the CPU; `ids` [batch, pos] names the tokens."""
+    """Keys and values of the asked spans: `values[part][layer]` is [batch, row, kv_head, d_head], on the CPU in the model's dtype."""
 
     prompts: Prompts
     rows: Rows
@@ -77,7 +77,7 @@ def read_prompts(model: Any, prompts: Prompts, wanted: Wanted) -> Read:
 class Table:
     """What two kinds of prompts differ by, collected a few episodes at a time.
 
-    Arrays of an episode are [part, layer, kv_head, span]; `means` [layer][part] hold the spans' mean vectors with and without.
+    Arrays of an episode are [part, layer, kv_head, span]; `means[part, layer]` has the spans' mean vectors with and without, [batch, kv_head, span, d_head].
     """
 
     wanted: Wanted

@@ -29,7 +29,7 @@ from mechicl.prompts.vectors import VectorShot
 from mechicl.results import Estimate, SimilarityEffect, SimilarityTest, Skipped
 
 Labels = Literal["neutral", "own"]
-Control = Literal["filler", "zero-shot"]
+Control = Literal["filler", "zero-shot", "both"]
 
 WAYS: tuple[By, ...] = ("most similar", "random", "least similar")
 CONTRASTS = (("most similar", "least similar"), ("most similar", "random"), ("random", "least similar"))
@@ -43,7 +43,7 @@ def similarity_test(
     pool: Sequence[Shot],
     *,
     labels: Labels = "neutral",
-    control: Control = "filler",
+    control: Control = "both",
     embeddings: Any = None,
     text: float = 0.5,
     spans: Sequence[str] | None = None,
@@ -56,7 +56,7 @@ def similarity_test(
 ) -> SimilarityTest:
     """Each query with one example, three times: the item of the pool most like it, any, and the least like it; how far do keys and values shift?
 
-    The three prompts differ in the example's content only: the same form, the same label, as many tokens, and one control for all three. An item is never its
+    The three prompts differ in the example's content only: the same form, the same label, as many tokens, and the same control for all three. An item is never its
     own example.
 
     Args:
@@ -65,7 +65,8 @@ def similarity_test(
         pool: Items to take examples from; the labels of the pool are used with labels="own" only.
         labels: "neutral": every example gets one and the same word as its label (for toys: a label that is not the answer), so that no label tells like
             from unlike. "own": its own; then an example like the query mostly has the query's label too, and what is found may be the label's doing.
-        control: "filler": as many neutral tokens in place of the example; "zero-shot": the question alone.
+        control: "filler": as many neutral tokens in place of the example; "zero-shot": the question alone; "both": the first, with the second in `others`. The
+            answer can turn round between the two; then a note says so.
         embeddings: Who tells likeness: None for the model's own embeddings (sequences of vectors: the vectors), an `Embedder`, or a pair (queries, pool) of
             arrays or `Embeddings`.
         text: Weight of the text beside the picture, 0 to 1.
@@ -94,18 +95,20 @@ def similarity_test(
     alike = similarities(one, two, text=text)
     forbidden = _same(asked, pool) | other[None]
     picks = {way: choose(alike, 1, way, seed=seed, forbidden=forbidden) for way in WAYS}
-    tables = {way: Table(wanted, model.cfg.n_key_value_heads) for way in WAYS}
+    against = ("filler", "zero-shot") if control == "both" else (control,)
+    tables = {name: {way: Table(wanted, model.cfg.n_key_value_heads) for way in WAYS} for name in against}
     names = [episode.id or str(i) for i, episode in enumerate(queries)]
     bar = progress_bar(None, total=len(queries), what="similarity and shift", show=progress)
     for start in range(0, len(queries), batch_size):
         rows = range(start, min(start + batch_size, len(queries)))
         few = {way: [_prompt(renderer, queries[i], pool[int(picks[way].rows[i, 0])], labels) for i in rows] for way in WAYS}
         batches = {way: renderer.render(episodes) for way, episodes in few.items()}
-        bare = _control(renderer, few["random"], batches["random"], control, seed, rows)
         same = _even(batches)
-        reference = read_prompts(model, Prompts(bare[0], tuple(a or b for a, b in zip(same, bare[1], strict=True))), wanted)
-        for way in WAYS:
-            tables[way].add(rows, names, read_prompts(model, Prompts(batches[way], same), wanted), reference)
+        found = {way: read_prompts(model, Prompts(batch, same), wanted) for way, batch in batches.items()}
+        for name in against:
+            reference = read_prompts(model, _control(renderer, few["random"], batches["random"], name, seed, rows), wanted)
+            for way in WAYS:
+                tables[name][way].add(rows, names, found[way], reference)
         bar.update(len(rows))
     bar.close()
     notes = ["Our definition; the paper's could not be read."]
@@ -115,9 +118,34 @@ def similarity_test(
         )
     if labels == "own":
         notes.append("Examples carry their own labels: like examples mostly have the query's label, which may be what shifts.")
-    options = {"labels": labels, "control": control, "text": text, "batch_size": batch_size}
-    made = provenance(model, task=task, seed=seed, options=options)
-    return _result(tables, picks, one.source, names, notes, made, seed)
+    made = provenance(model, task=task, seed=seed, options={"labels": labels, "control": control, "text": text, "batch_size": batch_size})
+    done = [name for name in against if len(_kept(tables[name])) >= FEW] or [against[0]]  # where none has enough, the first says why
+    notes += [f"No result against {name}: {tables[name]['random'].skipped[0].reason}." for name in against if name not in done]
+    return _both([_result(name, tables[name], picks, one.source, names, notes, made, seed) for name in done])
+
+
+def _both(results: Sequence[SimilarityTest]) -> SimilarityTest:
+    """The first result with the others; a note where they say the opposite."""
+    first, *others = results
+    notes = list(first.notes)
+    for other in others:
+        for a, b in zip(first.comparisons, other.comparisons, strict=True):
+            if (a.first, a.second) == CONTRASTS[0] and _sign(a) * _sign(b) < 0:
+                notes.append(
+                    f"Which example shifts {a.part} more depends on the control: most minus least similar is {a.effect.value:.2f} standard deviations "
+                    f"from the {first.control} and {b.effect.value:.2f} from the {other.control} prompt."
+                )
+    return replace(first, others={other.control: other for other in others}, notes=tuple(notes))
+
+
+def _sign(one: SimilarityEffect) -> int:
+    """Of the effect; 0 where its interval holds zero."""
+    return 1 if one.effect.low > 0 else -1 if one.effect.high < 0 else 0
+
+
+def _kept(tables: Mapping[str, Table]) -> list[int]:
+    """Queries that were compared in every way."""
+    return sorted(set.intersection(*({*table.rows} for table in tables.values())))
 
 
 def _check(queries: Sequence[Episode], pool: Sequence[Shot], labels: str, control: str) -> None:
@@ -181,12 +209,10 @@ def _same(queries: Sequence[Shot], pool: Sequence[Shot]) -> np.ndarray:
     return same_items(queries, pool)
 
 
-def _control(
-    renderer: Renders, few: Sequence[Episode], batch: Batch, control: Control, seed: int, rows: range
-) -> tuple[Batch, tuple[str, ...]]:
+def _control(renderer: Renders, few: Sequence[Episode], batch: Batch, control: str, seed: int, rows: range) -> Prompts:
     if control == "filler":
-        return filler(renderer, few, batch, "turns", seed=seed, numbers=rows)
-    return renderer.render([episode.without_shots() for episode in few]), ("",) * len(few)
+        return Prompts(*filler(renderer, few, batch, "turns", seed=seed, numbers=rows))
+    return Prompts(renderer.render([episode.without_shots() for episode in few]), ("",) * len(few))
 
 
 def _even(batches: Mapping[str, Batch]) -> tuple[str, ...]:
@@ -196,14 +222,23 @@ def _even(batches: Mapping[str, Batch]) -> tuple[str, ...]:
 
 
 def _result(
-    tables: Mapping[str, Table], picks: Mapping[str, Chosen], source: str, names: Sequence[str], notes: list[str], made: Any, seed: int
+    control: str,
+    tables: Mapping[str, Table],
+    picks: Mapping[str, Chosen],
+    source: str,
+    names: Sequence[str],
+    notes: list[str],
+    made: Any,
+    seed: int,
 ) -> SimilarityTest:
     wanted = tables["random"].wanted
-    kept: list[int] = sorted(set.intersection(*({*table.rows} for table in tables.values())))
+    kept = _kept(tables)
     skipped = tuple({s.episode: Skipped(s.episode, s.reason) for table in tables.values() for s in table.skipped}.values())
     if len(kept) < FEW:
         reason = skipped[0].reason if skipped else "none was read"
-        raise EpisodeError(f"at least {FEW} queries must be comparable; {len(kept)} are ({reason}). Give more, or other spans.")
+        raise EpisodeError(
+            f"at least {FEW} queries must be comparable with the control ({control}); {len(kept)} are ({reason}). Give more, or other spans."
+        )
     stacked = [np.concatenate(tables[way].relative)[[tables[way].rows.index(i) for i in kept]] for way in WAYS]
     shift = np.stack(stacked, 1)  # [batch, by, part, layer, kv_head, span]
     there = [s for s in range(shift.shape[-1]) if not np.isnan(shift[..., s]).all()]
@@ -218,7 +253,7 @@ def _result(
         similarity=np.stack([picks[way].similarity[kept, 0] for way in WAYS], 1), chosen=np.stack([picks[way].rows[kept, 0] for way in WAYS], 1),
         comparisons=_comparisons(shift, wanted.parts, seed), effect=effect.value, effect_low=effect.low, effect_high=effect.high, p=p,
         p_corrected=holm(p), tokens=np.array([lengths[i] for i in kept]), embeddings=source, episode_ids=tuple(names[i] for i in kept),
-        n=len(kept), skipped=skipped, provenance=made, notes=tuple(notes),
+        n=len(kept), skipped=skipped, provenance=made, notes=tuple(notes), control=control,
     )  # fmt: skip
 
 

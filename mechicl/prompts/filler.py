@@ -80,21 +80,20 @@ def _emptied(shot: Shot) -> Shot:
 def _worded(renderer: Renders, batch: Batch, draws: Sequence[np.random.Generator]) -> Mapping[str, Any]:
     """Every token of the examples' texts and labels exchanged for a neutral one."""
     ids: Tensor = batch.inputs["input_ids"].clone()
+    tokenizer = _tokenizer(renderer)
+    free = None if tokenizer is None else [tokens[0] for _, tokens in neutral_words(tokenizer)]
     for i, (row, draw) in enumerate(zip(batch.spans, draws, strict=True)):
         used = {int(t) for t in batch.inputs["input_ids"][i]}
         for span in row:
             if span.shot >= 0 and span.role in ("text", "label"):
-                words = _neutral(renderer, span.role, used)
-                chosen = draw.choice(words, span.stop - span.start)
+                chosen = draw.choice(_unused(renderer, span.role, used) if free is None else free, span.stop - span.start)
                 ids[i, span.start : span.stop] = torch.from_numpy(chosen).to(ids)
     return {**batch.inputs, "input_ids": ids}
 
 
-def _neutral(renderer: Renders, role: str, used: set[int]) -> list[int]:
-    """Token ids that say nothing about the episode."""
-    tokenizer, vocabulary = _tokenizer(renderer), getattr(renderer, "vocabulary", None)
-    if tokenizer is not None:
-        return [ids[0] for _, ids in neutral_words(tokenizer)]
+def _unused(renderer: Renders, role: str, used: set[int]) -> list[int]:
+    """Words of a toy's vocabulary that the episode does not have."""
+    vocabulary = getattr(renderer, "vocabulary", None)
     if vocabulary is None:
         raise OptionError(
             f"renderer must have a tokenizer or a toy vocabulary; {type(renderer).__name__} has neither. Render with the model."
@@ -114,8 +113,8 @@ def neutral_words(tokenizer: Any) -> list[tuple[str, list[int]]]:
     Raises:
         EpisodeError: the tokenizer has none.
     """
-    found = [(word, tokenizer(f" {word}", add_special_tokens=False)["input_ids"]) for word in NEUTRAL]
-    single = [(word, ids) for word, ids in found if len(ids) == 1]
+    found = tokenizer([f" {word}" for word in NEUTRAL], add_special_tokens=False)["input_ids"]
+    single = [(word, ids) for word, ids in zip(NEUTRAL, found, strict=True) if len(ids) == 1]
     if not single:
         raise EpisodeError('tokenizer must have a function word of one token, such as " the"; it has none. Use control="zero-shot".')
     return single

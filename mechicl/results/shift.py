@@ -167,7 +167,7 @@ class SimilarityTest:
     Attributes:
         by: How the example was chosen: "most similar", "random", "least similar".
         parts, layers, heads, spans: Labels of the other axes; heads are KV heads.
-        shift: Mean relative L2 from the zero-shot prompt, [by, part, layer, kv_head, span], with `low` and `high`, 95 % bootstrap over queries.
+        shift: Mean relative L2 from the control, [by, part, layer, kv_head, span], with `low` and `high`, 95 % bootstrap over queries.
         per_episode: The same per query, [batch, by, part, layer, kv_head, span].
         similarity: Of the example to the query (cosine of their embeddings), [batch, by].
         chosen: Which item of the pool, [batch, by].
@@ -176,6 +176,9 @@ class SimilarityTest:
             (sign-flip) and `p_corrected` (Holm over cells).
         tokens: Tokens of the prompts with one example, [batch].
         embeddings: Who told likeness.
+        control: What the shift is from: "filler" or "zero-shot".
+        others: The same result from the other control. **Look at both**: an example like the query may shift it more than a dissimilar one from a filler, and
+            less from the zero-shot prompt, where it mostly says again what the query says.
     """
 
     by: tuple[str, ...]
@@ -202,6 +205,8 @@ class SimilarityTest:
     skipped: tuple[Skipped, ...]
     provenance: Provenance
     notes: tuple[str, ...] = ()
+    control: str = "filler"
+    others: Mapping[str, SimilarityTest] = field(default_factory=dict)
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -222,11 +227,12 @@ class SimilarityTest:
         return pd.DataFrame(rows)
 
     def comparisons_frame(self) -> pd.DataFrame:
-        """One row per pooled comparison."""
+        """One row per control and pooled comparison."""
         return pd.DataFrame(
             [
-                {"first": c.first, "second": c.second, "part": c.part, "difference": c.difference.value, "effect": c.effect.value,
-                 "low": c.effect.low, "high": c.effect.high, "p": c.p, "p_corrected": c.p_corrected, "share": c.share, "n": c.effect.n}
-                for c in self.comparisons
+                {"control": one.control, "first": c.first, "second": c.second, "part": c.part, "difference": c.difference.value,
+                 "effect": c.effect.value, "low": c.effect.low, "high": c.effect.high, "p": c.p, "p_corrected": c.p_corrected, "share": c.share,
+                 "n": c.effect.n}
+                for one in (self, *self.others.values()) for c in one.comparisons
             ]
         )  # fmt: skip
