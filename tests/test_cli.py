@@ -45,7 +45,7 @@ def test_help_loads_nothing_heavy() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip().endswith("[]")
-    for command in ("report", "heads", "ablate", "patch", "circuit", "doctor", "train"):
+    for command in ("report", "heads", "ablate", "patch", "circuit", "kv", "doctor", "train"):
         assert command in run.stdout
 
 
@@ -84,6 +84,12 @@ def test_the_version_is_the_packages() -> None:
         (["circuit", "--search", "long"], "search must be one of"),
         (["circuit", "--level", "head"], "level must be one of"),
         (["circuit", "-n", "4"], "episodes must be at least 8"),
+        (["kv", "--control", "nothing"], "control must be one of filler, zero-shot, both"),
+        (["kv", "--filler", "poem"], "filler must be one of turns, words"),
+        (["kv", "--spans", "moon"], "spans must be some of query image"),
+        (["kv", "--factors", "--semantics", "gone"], "semantics must be one of"),
+        (["kv", "--format", "sonnet"], "format must be one of"),
+        (["kv", "--out", "/nowhere/x"], "out must lie in an existing folder"),
         (["train", "vlm", "--out", "/tmp/x", "--family", "no_family"], "family must be one of"),
         (["train", "vlm"], "--out"),
     ],
@@ -212,6 +218,38 @@ def test_circuit_finds_measures_and_writes(demo: HookedVLM, tmp_path: Path, monk
     page = (tmp_path / "circuit.html").read_text(encoding="utf-8")
     assert 'data-for="circuit-curve"' in page
     assert "http" not in page.split("<script>")[0].replace("http-equiv", "")
+
+
+def test_kv_says_what_it_takes_lists_and_writes(demo: HookedVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mechicl, "load", lambda *args, **kwargs: demo, raising=False)
+    few = ["-n", "6", *SMALL[2:]]
+    result = runner.invoke(app, ["kv", *few, "--factors", "--margin", "--spans", "query image,last token", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert result.stderr.startswith("keys and values: 6 episodes, about ")
+    shift = pd.read_csv(tmp_path / "shift.csv")
+    assert set(shift["span"]) == {"query image", "last token"}
+    assert set(shift["control"]) == {"filler", "zero-shot"}
+    mean = shift[
+        (shift["control"] == "filler") & (shift["measure"] == "relative_l2") & (shift["part"] == "v") & (shift["span"] == "last token")
+    ]["value"].mean()
+    assert f"v      last token       {mean:.3f} (" in result.stdout
+    assert "accuracy, kept + label first" in result.stdout
+    assert "contrastive margin, n = 6 episodes" in result.stdout
+    assert "Our definition" in result.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"shift.csv", "shares.csv", "answers.csv", "margin.csv", "kv.html"}
+    page = (tmp_path / "kv.html").read_text(encoding="utf-8")
+    assert 'data-for="kv-plane"' in page
+    assert "key-value shift" in page
+    assert "http" not in page.split("<script>")[0].replace("http-equiv", "")
+
+
+def test_kv_against_one_control_runs_nothing_else(demo: HookedVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mechicl, "load", lambda *args, **kwargs: demo, raising=False)
+    result = runner.invoke(app, ["kv", "-n", "4", *SMALL[2:], "--control", "zero-shot", "--task", "digits"])
+    assert result.exit_code == 0, result.output
+    assert "against zero-shot" in result.stdout
+    assert "filler" not in result.stdout.replace("* differs from filler", "")
+    assert "accuracy," not in result.stdout
 
 
 def test_the_doctor_passes_a_healthy_model(tiny: HookedVLM) -> None:

@@ -18,10 +18,12 @@ import pandas as pd
 import pytest
 import views_samples as samples
 import views_samples_causal as causal
+import views_samples_kv as keys
 
 from mechicl.errors import OutputPathError
 from mechicl.results import HeadSet, Study
-from mechicl.views import story, trace_story
+from mechicl.views import kv_story, story, trace_story
+from mechicl.views.plots import plot
 from mechicl.views.report import LIMIT_BYTES, ReportContent, check_writable, render_report, write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -71,7 +73,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def study() -> Study:
-    return replace(samples.study(), trace=causal.trace())
+    return replace(samples.study(), trace=causal.trace(), kv=keys.story())
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +232,7 @@ def test_sections_headings_and_keyboard(page: Page) -> None:
         "proof",
         "route",
         "the-circuit",
+        "examples",
         "growth-section",
         "provenance",
         "definitions",
@@ -322,6 +325,60 @@ def test_a_way_that_nothing_shows_is_not_made_up() -> None:
     noise = trace_story.route(causal.patched("noise"))
     assert noise[0][1][0][0] == "right label"  # what it costs counts, not what is left
     assert noise[0][1][0][1] == pytest.approx(0.93)
+
+
+def test_what_an_example_changes_is_told_from_the_numbers(page: Page, study: Study) -> None:
+    assert study.kv is not None
+    shift, shares, margin = study.kv.shift, study.kv.shares, study.kv.margin
+    assert shift is not None
+    assert shares is not None
+    assert margin is not None
+    for text in kv_story.kv_told(study.kv):
+        assert " ".join(text.split()) in page.words
+    assert f"{100 * shares.pooled['v']['semantics'].value:.0f} %" in page.words
+    assert f"{margin['k'].held_out.value:.2f}" in page.words
+    assert "Our definition; the paper's could not be read." in page.words
+    np.testing.assert_array_equal(page.csv("mechicl_kv_shift.csv")["value"], shift.to_frame()["value"])
+    np.testing.assert_array_equal(page.csv("mechicl_kv_margin.csv")["auroc"], margin.to_frame()["auroc"])
+    assert len(page.figure("kv-plane")["data"]) == len(plot(shares).data)
+    assert "What an example changes" not in Page(render_report(ReportContent(replace(study, kv=None)))).words
+
+
+def test_examples_that_move_less_than_filler_are_not_praised() -> None:
+    shift = keys.shift()
+    assert shift.test is not None
+    assert "values of the last token, further than the filler does" in kv_story.shift_sentence(shift)
+    less = {key: replace(e, value=-abs(e.value)) for key, e in shift.test.pooled.items()}
+    turned = replace(shift, test=replace(shift.test, pooled=less, pooled_p=dict.fromkeys(less, 0.001)))
+    told = kv_story.shift_sentence(turned)
+    assert "keys everywhere, and values everywhere, less far than the filler does" in told
+    assert "further" not in told
+    unsure = replace(shift, test=replace(shift.test, pooled_p=dict.fromkeys(less, 0.4)))
+    assert "as far as these episodes can tell" in kv_story.shift_sentence(unsure)
+    assert "From the zero-shot prompt" not in kv_story.shift_sentence(keys.shift_alone())
+
+
+def test_a_margin_is_called_better_than_attention_only_where_its_gain_is_above_nought() -> None:
+    margin = keys.margin()
+    assert "better than attention: keys, values and match q \u00b7 k" in kv_story.margin_sentence(margin, "")
+    same = {name: replace(part, held_out_gain=None) for name, part in margin.parts.items()}
+    assert "none is clearly better than attention" in kv_story.margin_sentence(replace(margin, parts=same), "")
+    assert "cannot be said: all answers are right" in kv_story.margin_sentence(keys.margin(known=False), "")
+    test = keys.similarity()
+    assert "Examples more like the query shift more" in kv_story.similarity_sentence(test)
+    weak = replace(test, comparisons=tuple(replace(c, p_corrected=0.3) for c in test.comparisons))
+    assert "do not clearly shift more" in kv_story.similarity_sentence(weak)
+
+
+def test_where_keys_and_values_could_not_be_read_the_page_says_why() -> None:
+    reason = "No key-value shift: <b>no</b> episode can be compared."
+    nothing = replace(samples.study(), kv=keys.story(shift=None, shares=None, margin=None, notes=(reason,)))
+    words = Page(render_report(ReportContent(nothing))).words
+    assert "Keys and values were not compared." in words
+    assert reason in words
+    alone = Page(render_report(ReportContent(replace(samples.study(), kv=keys.story(shares=None, margin=None)))))
+    assert alone.figure("kv-shift")
+    assert not [a for a, _ in alone.scripts if a.get("data-for") == "kv-plane"]
 
 
 @needs_browser

@@ -17,6 +17,7 @@ from mechicl.results import (
     FactorShares,
     FillerTest,
     KVShift,
+    KVStory,
     MarginEffect,
     MarginPart,
     MixedEffects,
@@ -198,3 +199,16 @@ EVERY: dict[str, Callable[[], Any]] = {
     "shift": shift, "shift alone": shift_alone, "similarity": similarity, "shares": shares, "shares without residual": lambda: shares(residual=False), "table": table, "mixed": mixed,
     "margin": margin, "margin of a model that is always right": lambda: margin(known=False), "pushed": pushed, "learned": learned, "strategies": strategies,
 }  # fmt: skip
+
+
+def story(**parts: Any) -> KVStory:
+    """A whole story; parts can be exchanged."""
+    whole: dict[str, Any] = {
+        "shift": shift(),
+        "shares": shares(),
+        "margin": margin(),
+        "similarity": None,
+        "prompts": "with noised pictures",
+        "notes": (),
+    }
+    return KVStory(**(whole | parts))

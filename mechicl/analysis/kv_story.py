@@ -142,18 +142,18 @@ def _margin(model: Any, episodes: list[Episode], common: dict[str, Any]) -> tupl
     """Margins on the episodes as they are, or with the query's picture noised until answers are mixed; and how the prompts were made."""
     plain = contrast_margin(model, episodes, **common)
     if mixed(plain.correct) or plain.correct.sum() < ENOUGH:
-        return plain, "the prompts as they are"
+        return plain, ""
     for strength in STRENGTHS:
         try:
             harder = [
                 disturb_images(episode, kind="noise", strength=strength, seed=common["seed"] + k) for k, episode in enumerate(episodes)
             ]
             if mixed(icl_accuracy(model, harder, zero_shot=False, **common).correct):
-                said = f"the query's picture mixed with noise, {strength:.0%}, so that some answers are wrong"
+                said = f"with the query's picture mixed with noise ({100 * strength:.0f} %) so that some answers are wrong"
                 return contrast_margin(model, harder, **common), said
         except MechiclError:
             break
-    return plain, "the prompts as they are"
+    return plain, ""
 
 
 def mixed(correct: np.ndarray) -> bool:

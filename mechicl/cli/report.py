@@ -42,6 +42,7 @@ def report(
     trace: Annotated[
         bool, typer.Option("--trace/--no-trace", help="Also follow the answer through the layers and look for the circuit.")
     ] = True,
+    kv: Annotated[bool, typer.Option("--kv/--no-kv", help="Also say what the examples change in the query's keys and values.")] = True,
     device: Device = None,
     dtype: Dtype = "auto",
     revision: Revision = None,
@@ -67,9 +68,10 @@ def report(
         task=task_name(task, classes, shots),
         growth=_growth(model),
         trace=trace,
+        kv=kv,
         progress=not quiet,
     )
-    command = f"mechicl report --model {model} --task {task} --episodes {episodes} --classes {classes} --shots {shots} --size {size} --seed {seed} --how {how}{'' if trace else ' --no-trace'} --out {out.name}"
+    command = f"mechicl report --model {model} --task {task} --episodes {episodes} --classes {classes} --shots {shots} --size {size} --seed {seed} --how {how}{'' if trace else ' --no-trace'}{'' if kv else ' --no-kv'} --out {out.name}"
     written = write_report(target, ReportContent(study, command=command))
     from mechicl.views.story import headline
 

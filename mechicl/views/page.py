@@ -94,7 +94,8 @@ def write_html(path: str | Path, page: str) -> Path:
 
 @dataclass(frozen=True, eq=False)
 class PageContent:
-    """A page of a few figures: what is said above them, the figures, how they were made, and the line that makes them again."""
+    """A page of a few figures: what is said above them, the figures, how they were made, the line that makes them again, and words defined beside
+    the common ones."""
 
     title: str
     told: tuple[str, ...]
@@ -102,6 +103,7 @@ class PageContent:
     provenance: Provenance
     command: str = ""
     notes: tuple[str, ...] = ()
+    definitions: tuple[tuple[str, str], ...] = ()
 
 
 def write_page(path: str | Path, content: PageContent) -> Path:
@@ -111,7 +113,7 @@ def write_page(path: str | Path, content: PageContent) -> Path:
         .get_template("page.html.j2")
         .render(
             title=content.title, told=content.told, blocks=content.blocks, provenance=provenance_rows(content.provenance), command=content.command, notes=content.notes,
-            definitions=captions.DEFINITIONS, style=Markup(static("style.css")), script=Markup(static("script.js")), plotly=Markup(plots.javascript()), themes=themes(),
+            definitions=(*captions.DEFINITIONS, *content.definitions), style=Markup(static("style.css")), script=Markup(static("script.js")), plotly=Markup(plots.javascript()), themes=themes(),
         )
     )  # fmt: skip
     return write_html(path, text)
