@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from PIL import Image
@@ -17,7 +18,7 @@ from PIL import Image
 from mechicl.data.folders import fresh_folder
 from mechicl.data.link_pool import LinkClass, Pool
 from mechicl.data.looks import FILLS, KINDS, Split, class_ids, look, signatures
-from mechicl.data.memes_made import COLOURS, SHAPES
+from mechicl.data.memes_made import COLOURS, SHAPES, Words
 from mechicl.data.paint import draw_pictures
 from mechicl.data.strokes import FORMS
 from mechicl.data.words import pseudo_words
@@ -53,7 +54,13 @@ def partners(split: Split) -> tuple[tuple[str, int, tuple[int, ...]], ...]:
 
 
 def generated_pool(
-    seed: int = 0, n_groups: int = N_GROUPS, per_class: int = PER_CLASS, size: int = 56, *, split: Split = "held_out"
+    seed: int = 0,
+    n_groups: int = N_GROUPS,
+    per_class: int = PER_CLASS,
+    size: int = 56,
+    *,
+    split: Split = "held_out",
+    names: Words = "plain",
 ) -> Pool:
     """`n_groups` unreal concepts with their real partners, in memory.
 
@@ -63,6 +70,8 @@ def generated_pool(
         per_class: Pictures of each class.
         size: Side of the pictures, pixels.
         split: "held_out" for concepts that the bundled models were not trained on, "train", or "all".
+        names: What real concepts are called. "plain": everyday words ("dotted red star"). "made-up": a word without meaning, as unreal ones are, all of two
+            syllables. The bundled models know no words, and where labels differ in length the shorter one is always the likelier.
 
     Raises:
         OptionError: fewer than one group or picture, or more groups than the split has.
@@ -73,9 +82,13 @@ def generated_pool(
     chosen = _choose(n_groups, split, draw)
     if len(chosen) < n_groups:
         raise OptionError(f"n_groups must be at most {len(chosen)} with this split and seed; got {n_groups}. Ask for fewer.")
-    names = pseudo_words(n_groups, draw, syllables=(2, 3), distinct_start=n_groups <= 70)
+    if names not in get_args(Words):
+        raise OptionError(f"names must be one of {', '.join(get_args(Words))}; got {names!r}. Pick one of them.")
+    lengths, many = ((2, 3), n_groups) if names == "plain" else ((2, 2), 2 * n_groups)
+    words = pseudo_words(many, draw, syllables=lengths, distinct_start=many <= 70)
     classes = []
-    for number, (name, (real, real_id, unreal_id)) in enumerate(zip(names, chosen, strict=True)):
+    for number, (name, (real, real_id, unreal_id)) in enumerate(zip(words, chosen, strict=False)):
+        real = real if names == "plain" else words[n_groups + number]
         pictures = draw_pictures(np.repeat([unreal_id, real_id], per_class), size, draw)
         images = tuple(Image.fromarray(one) for one in pictures)
         group = f"group-{number:02d}"

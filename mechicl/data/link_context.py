@@ -12,6 +12,7 @@ from __future__ import annotations
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -20,13 +21,14 @@ from mechicl.data.compose import INSTRUCTION, QUESTION
 from mechicl.data.isekai_made import generated_pool
 from mechicl.data.link_pool import LinkClass, Pool
 from mechicl.data.neighbours import Neighbours, rank_chances
+from mechicl.data.words import SYLLABLES, pseudo_words
 from mechicl.errors import OptionError
 from mechicl.prompts.episode import Episode, Shot
 from mechicl.prompts.form import PLAIN, Form
 
 __all__ = [
     "PUBLISHED", "SENTENCES", "SHORT", "STRATEGIES", "LinkClass", "Pool", "Prompt", "Strategy", "generated_pool", "link_episodes",
-    "link_prompt", "pseudo_label",
+    "link_prompt", "pseudo_label", "syllable_label",
 ]  # fmt: skip
 
 
@@ -117,6 +119,19 @@ def pseudo_label(draw: np.random.Generator, *, avoid: str = "", lengths: tuple[i
             return label
 
 
+def syllable_label(draw: np.random.Generator, *, beside: str = "") -> str:
+    """A pronounceable label for models that know syllables only (`mechicl.data.words`), with as many syllables as `beside` and another first one.
+
+    A name that is not made of such syllables counts as two. With labels of one length neither is likelier for being shorter.
+    """
+    pairs = [beside[i : i + 2] for i in range(0, len(beside), 2)]
+    n = len(pairs) if pairs and all(pair in SYLLABLES for pair in pairs) else 2
+    while True:
+        label = pseudo_words(1, draw, syllables=(n, n), avoid={beside})[0]
+        if label[:2] != beside[:2].lower():
+            return label
+
+
 def link_prompt(episode: Episode, prompt: Prompt) -> Episode:
     """The same episode in other words."""
     return replace(episode, instruction=prompt.instruction, question=prompt.question, form=prompt.form)
@@ -129,7 +144,7 @@ def link_episodes(
     strategy: str = "2-way",
     shots: int = 16,
     neighbours: Neighbours | None = None,
-    pseudo_labels: bool = True,
+    pseudo_labels: bool | Literal["syllables"] = True,
     general: Sequence[Episode] = (),
     prompt: Prompt = PUBLISHED,
     seed: int = 0,
@@ -142,7 +157,8 @@ def link_episodes(
         strategy: One of `STRATEGIES`.
         shots: Pictures of either class, or the most of them where the strategy draws their number.
         neighbours: Negatives are drawn from its list, the one of interval j by `rank_chances`. None: from all classes evenly, the control.
-        pseudo_labels: The positive class gets a random string as its name. False: it keeps its own.
+        pseudo_labels: True: the positive class gets a random string as its name, as published. "syllables": a pronounceable one as long as the negative's
+            name, for the bundled models. False: it keeps its own name.
         general: Episodes of another task, for "mix": taken in random order, all before any comes again.
         prompt: The words.
         seed: Decides everything.
@@ -154,6 +170,8 @@ def link_episodes(
     Raises:
         OptionError: an option out of range, too few pictures in a class, classes that were not compared, or "mix" without a general task.
     """
+    if pseudo_labels not in (True, False, "syllables"):
+        raise OptionError(f'pseudo_labels must be True, False or "syllables"; got {pseudo_labels!r}. True is as published.')
     way = _checked(pool, n, strategy, shots, general)
     table = None if neighbours is None else neighbours.take(pool.keys).listed(seed)
     found = []
@@ -204,7 +222,7 @@ def _episode(
     way: Strategy,
     shots: int,
     table: Int[np.ndarray, "cls interval"] | None,
-    pseudo_labels: bool,
+    pseudo_labels: bool | str,
     prompt: Prompt,
     name: str,
     draw: np.random.Generator,
@@ -213,7 +231,9 @@ def _episode(
     values, chances = way.chances(shots)
     many = int(draw.choice(values, p=chances))
     label = positive.name
-    if pseudo_labels:
+    if pseudo_labels == "syllables":
+        label = syllable_label(draw, beside=negative.name)
+    elif pseudo_labels:
         label = pseudo_label(draw, avoid="" if way.again else negative.name)
         while label == negative.name:  # only the released code's rule can meet it
             label = pseudo_label(draw)
