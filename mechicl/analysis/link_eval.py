@@ -149,7 +149,7 @@ def evaluate_link(
             positive class).
         protocol: How a pool's classes are paired; "episodes" for questions or episodes.
         shots: Examples of each class, several numbers.
-        n: Questions from a pool; of given questions or episodes the first n.
+        n: Questions from a pool; of more given questions or episodes so many, drawn at random.
         neighbours, labels: See `link_tasks`; not for given questions.
         prompt: The words; not for episodes. For the bundled model: `mechicl.data.link_context.SHORT`.
         size: Pictures of files are shrunk until no side is longer, pixels.
@@ -211,7 +211,11 @@ def shot_settings(
         raise OptionError(
             f"protocol must be 'episodes' for given questions, without neighbours or labels; got {protocol!r}. Or give a pool."
         )
-    episodes = _episodes(data[:n], counts[-1], prompt, size, seed)
+    if n < 1:
+        raise OptionError(f"n must be at least 1; got {n}. Ask for more questions.")
+    if n < len(data):
+        data = [data[i] for i in sorted(np.random.default_rng([seed, 83]).permutation(len(data))[:n].tolist())]  # type: ignore[assignment]
+    episodes = _episodes(data, counts[-1], prompt, size, seed)
     return [Setting(f"{k} shot{'s' if k != 1 else ''}", float(k), [at_shots(episode, k) for episode in episodes]) for k in counts]
 
 

@@ -9,6 +9,7 @@
     mechicl doctor Qwen/Qwen2.5-VL-3B-Instruct
     mechicl train vlm --family qwen2_5_vl --out runs/organism
     mechicl adapt demo --strategy 2-way-random --out runs/link
+    mechicl eval lcl --data generated --shots 0,2,4,8,16 --out runs/lcl
     mechicl sweep spec.toml --out runs/sweep --workers 2
 
 What can be refused is refused before a model is loaded. Numbers go to stdout, everything else to stderr; a mistake is one line and exit code 2.
@@ -16,8 +17,8 @@ What can be refused is refused before a model is loaded. Numbers go to stdout, e
 
 from __future__ import annotations
 
-from mechicl.cli import adapt, heads, kv, patch, report, sweep, train
-from mechicl.cli.app import app, training
+from mechicl.cli import adapt, eval, heads, kv, patch, report, sweep, train
+from mechicl.cli.app import app, evaluation, training
 from mechicl.cli.heads import parse_heads
 
 __all__ = ["app", "parse_heads"]
@@ -33,3 +34,4 @@ training.command("vlm")(train.train_vlm)
 training.command("toy")(train.train_toy)
 app.command()(sweep.sweep)
 app.command()(adapt.adapt)
+evaluation.command("lcl")(eval.lcl)

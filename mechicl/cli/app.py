@@ -32,6 +32,8 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pret
                   help="Find and prove the in-context-learning circuit of a vision-language model.")  # fmt: skip
 training = typer.Typer(no_args_is_help=True, help="Train small models that learn from the examples in their prompt.")
 app.add_typer(training, name="train")
+evaluation = typer.Typer(no_args_is_help=True, help="Evaluate a model on a published protocol.")
+app.add_typer(evaluation, name="eval")
 
 
 def _version(wanted: bool | None) -> None:

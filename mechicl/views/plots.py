@@ -50,6 +50,8 @@ from mechicl.results import (
     ICLAccuracy,
     KnockOutTable,
     KVShift,
+    LinkPrior,
+    LinkScores,
     LogitAttribution,
     LogitLens,
     MarginEffect,
@@ -76,6 +78,7 @@ from mechicl.views import (
     head_parts,
     lens,
     lens_pictures,
+    link,
     logit_parts,
     margins,
     moves,
@@ -307,6 +310,16 @@ def _(result: MarginEffect, *, dark: bool = False) -> go.Figure:
 @plot.register
 def _(result: ContrastMap, *, dark: bool = False) -> go.Figure:
     return _figure(margins.map_rows(result), dark)
+
+
+@plot.register
+def _(result: LinkScores, *, dark: bool = False) -> go.Figure:
+    return _figure(link.link_lines(result), dark)
+
+
+@plot.register
+def _(result: LinkPrior, *, dark: bool = False) -> go.Figure:
+    return _figure(link.prior_lines(result), dark)
 
 
 @plot.register
