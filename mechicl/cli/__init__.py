@@ -17,8 +17,9 @@ What can be refused is refused before a model is loaded. Numbers go to stdout, e
 
 from __future__ import annotations
 
-from mechicl.cli import adapt, eval, heads, kv, patch, report, sweep, train
+from mechicl.cli import adapt, heads, kv, patch, report, sweep, train
 from mechicl.cli.app import app, evaluation, training
+from mechicl.cli.eval import lcl
 from mechicl.cli.heads import parse_heads
 
 __all__ = ["app", "parse_heads"]
@@ -34,4 +35,4 @@ training.command("vlm")(train.train_vlm)
 training.command("toy")(train.train_toy)
 app.command()(sweep.sweep)
 app.command()(adapt.adapt)
-evaluation.command("lcl")(eval.lcl)
+evaluation.command("lcl")(lcl)
