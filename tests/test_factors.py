@@ -108,6 +108,17 @@ def test_a_model_that_cannot_see_order_gives_form_no_share() -> None:
     assert shares["blind"].pooled["k"]["residual"].value > 0.1
 
 
+def test_answers_agree_with_icl_accuracy() -> None:
+    model = mechicl.load("demo")
+    episodes = concepts.draw(6, classes=3, shots=1, size=28, seed=8)
+    found = factor_shares(model, episodes, replicates=1, layers=[1], spans=("last token",), **FAST)
+    alone = mechicl.icl_accuracy(model, episodes, progress=False)
+    np.testing.assert_array_equal(found.correct["kept+kept"], alone.correct)
+    np.testing.assert_allclose(found.margins["kept+kept"], alone.margins, atol=1e-3)  # float32 in batches of another size
+    assert alone.zero_shot is not None
+    assert found.accuracy["zero-shot"].value == alone.zero_shot.value
+
+
 def test_a_planted_model_answers_what_the_examples_say() -> None:
     planted = planted_induction(seed=0)
     found = factor_shares(planted.model, toy_episodes(8, classes=3), semantics="other label", format="label first", vary=("order",), **FAST)
@@ -203,7 +214,7 @@ def test_what_cannot_be_told_is_refused(organism: Organism) -> None:
     model = untrained()
     episodes = toy_episodes(3, classes=3)
     with pytest.raises(OptionError, match=r"Pass batch\.episodes"):
-        factor_shares(model, model.render(episodes), **FAST)
+        factor_shares(model, model.render(episodes), **FAST)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="spans must be among"):
         factor_shares(model, episodes, spans=("query label",), **FAST)
     with pytest.raises(OptionError, match="n_permutations"):
