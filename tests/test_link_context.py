@@ -15,15 +15,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import binomtest, chisquare
 
+import mechicl
 from mechicl.data import concepts
 from mechicl.data.isekai_made import generated_pool, partners
-from mechicl.data.link_context import PUBLISHED, SENTENCES, SHORT, STRATEGIES, link_episodes, link_prompt, pseudo_label
+from mechicl.data.link_context import PUBLISHED, SENTENCES, SHORT, STRATEGIES, link_episodes, link_prompt, pseudo_label, syllable_label
 from mechicl.data.link_pool import LinkClass, Pool
 from mechicl.data.looks import class_ids, kind_of, look
 from mechicl.data.neighbours import Neighbours, rank_chances
 from mechicl.errors import EpisodeError, ImageError, OptionError
 from mechicl.prompts.episode import Episode
 from mechicl.prompts.render import Renderer
+from mechicl.training.evaluate import answer
 
 PAPER = ("2-way", "2-way-random", "2-way-weight")
 RELEASED = ("policy_2way_weight", "policy_2way_random_shot")
@@ -376,3 +378,36 @@ def test_a_file_that_breaks_after_it_was_checked_is_named(tmp_path: Any) -> None
         link_episodes(pool, 1, shots=1)
     with pytest.raises(EpisodeError):
         Episode((), link_episodes(plain_pool(2, 2), 1, shots=1)[0].query, ("a",))
+
+
+# ---- the bundled model ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_syllable_labels_are_as_long_as_the_name_beside_them_and_begin_otherwise() -> None:
+    draw = np.random.default_rng(0)
+    for beside, n in (("zudaki", 3), ("mi", 1), ("red star", 2), ("kimo", 2)):
+        labels = [syllable_label(draw, beside=beside) for _ in range(200)]
+        assert all(len(label) == 2 * n and label[:2] != beside[:2] for label in labels)
+        assert len(set(labels)) > 30
+    pool = generated_pool(0, 20, 2, 16, names="made-up")
+    assert {len(key) for key in pool.keys} == {4}
+    assert len({key[:2] for key in pool.keys}) == 40  # no two begin alike
+    assert all(
+        len(a) == len(b) and a[:2] != b[:2]
+        for a, b in (one.candidates for one in link_episodes(pool, 60, shots=1, pseudo_labels="syllables"))
+    )
+    for make in (lambda: generated_pool(0, 2, 1, 16, names="rude"), lambda: link_episodes(pool, 1, shots=1, pseudo_labels="letters")):  # type: ignore[arg-type]
+        with unchecked(), pytest.raises(OptionError, match="must be"):
+            make()
+
+
+def test_the_bundled_model_follows_the_link_where_labels_are_of_one_length_and_only_then() -> None:
+    model = mechicl.load("demo")
+    fair = generated_pool(0, 20, 4, 28, names="made-up")
+    right = answer(model.hf, model.renderer, link_episodes(fair, 64, shots=3, prompt=SHORT, pseudo_labels="syllables"))
+    assert right.accuracy.low > 0.9
+    unfair = link_episodes(generated_pool(0, 20, 4, 28), 64, shots=3, prompt=SHORT)
+    shorter = [len(min(one.candidates, key=lambda label: len(model.renderer.tokenizer.encode(label)))) == len(one.answer) for one in unfair]
+    found = answer(model.hf, model.renderer, unfair)
+    assert abs(found.accuracy.value - np.mean(shorter)) < 0.15  # it says the shorter label, whatever is shown
+    assert found.accuracy.high < 0.8
