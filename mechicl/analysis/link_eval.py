@@ -28,8 +28,8 @@ Protocol = Literal["isekai-10", "isekai-pair", "class-folders", "episodes"]
 """isekai-10: every unreal class against its real partner. isekai-pair: every unreal class against every other one. class-folders: classes 0 and 1, 2 and 3, ...
 against each other with fixed examples (the ImageNet-100 protocol), or, with `neighbours`, each class against its most similar one. episodes: as given."""
 Labels = Literal["own", "positive", "words"]
-"""own: classes are called by their names. positive: the positive class by a random string, as in training. words: both by made-up words of syllables, all that
-the bundled model can say. Made-up names are new in every question."""
+"""own: classes are called by their names. positive: the positive class by a random string, as in training. words: both by made-up words of two
+syllables, all that the bundled model can say. Made-up names are new in every question."""
 SHOTS = (0, 1, 2, 4, 8, 16)
 """Of each class."""
 
@@ -72,7 +72,7 @@ def link_tasks(
 
 def _names(task: LinkTask, labels: Labels, draw: np.random.Generator) -> tuple[str, str]:
     if labels == "words":
-        first, second = pseudo_words(2, draw)
+        first, second = pseudo_words(2, draw, syllables=(2, 2))  # of one length: else the shorter one is the likelier
         return first, second
     return (pseudo_label(draw, avoid=task.names[1]), task.names[1]) if labels == "positive" else task.names
 

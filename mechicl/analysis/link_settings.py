@@ -286,7 +286,8 @@ def _notes(episodes: Sequence[Episode], rows: Sequence[LinkScore], positive: np.
     lopsided = [row.setting for row in rows if _lopsided(row)]
     if lopsided:
         notes.append(
-            f"Positive and negative recall (likelihood) differ by more than their intervals at {', '.join(lopsided)}: one name is preferred whatever is shown."
+            f"Positive and negative recall (likelihood) differ by more than their intervals at {', '.join(lopsided)}: one name is preferred whatever is shown. "
+            "With score='full' the shorter name can be; score='mean_token' tells."
         )
     pairs = len({tuple(e.candidates) for e in episodes})
     if pairs < len(episodes):
