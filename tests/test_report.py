@@ -364,8 +364,9 @@ def test_a_margin_is_called_better_than_attention_only_where_its_gain_is_above_n
     same = {name: replace(part, held_out_gain=None) for name, part in margin.parts.items()}
     assert "none is clearly better than attention" in kv_story.margin_sentence(replace(margin, parts=same), "")
     assert "cannot be said: all answers are right" in kv_story.margin_sentence(keys.margin(known=False), "")
-    test = keys.similarity()
-    assert "Examples more like the query shift more" in kv_story.similarity_sentence(test)
+    assert "shift more from one control and less from the other" in kv_story.similarity_sentence(keys.similarity())
+    test = keys.similarity(both=False)
+    assert "Examples more like the query shift more (keys" in kv_story.similarity_sentence(test)
     weak = replace(test, comparisons=tuple(replace(c, p_corrected=0.3) for c in test.comparisons))
     assert "do not clearly shift more" in kv_story.similarity_sentence(weak)
 

@@ -110,15 +110,20 @@ def test_large_models_get_thin_rows_and_no_numbers() -> None:
     assert len(large.layout.yaxis.tickvals) <= panels.FITS
 
 
-def test_effects_of_similar_examples_are_filled_where_they_pass() -> None:
+def test_effects_of_similar_examples_stand_beside_both_controls_filled_where_they_pass() -> None:
     result = samples.similarity()
     figure = plot(result)
-    rows = named(figure, "pooled effect")
-    np.testing.assert_array_equal(rows.x, [c.effect.value for c in result.comparisons])
-    assert [c != "rgba(0,0,0,0)" for c in rows.marker.color] == [c.p_corrected < 0.05 for c in result.comparisons]
-    for p, cells in enumerate(maps(figure)):
-        np.testing.assert_array_equal(cells.z, result.effect[p].reshape(8, 3))
+    found = maps(figure)
+    for k, one in enumerate((result, result.others["zero-shot"])):
+        rows = named(figure, f"shift from {one.control}")
+        np.testing.assert_array_equal(rows.x, [c.effect.value for c in one.comparisons])
+        assert [c != "rgba(0,0,0,0)" for c in rows.marker.color] == [c.p_corrected < 0.05 for c in one.comparisons]
+        for p, cells in enumerate(found[2 * k : 2 * k + 2]):
+            np.testing.assert_array_equal(cells.z, one.effect[p].reshape(8, 3))
+    less = [len(t.x) for t in figure.data if t.name == "less, corrected p < 0.05"]
+    assert less[0] < less[2]  # less is marked where it is less
     assert figure.layout.coloraxis.cmid == 0
+    assert len(maps(plot(samples.similarity(both=False)))) == 2
 
 
 def test_the_plane_puts_meaning_across_and_form_up_a_marker_per_layer() -> None:

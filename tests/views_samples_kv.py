@@ -72,18 +72,20 @@ def shift_alone() -> KVShift:
     return _shift("zero-shot", 1.0, 3, 4, 2)
 
 
-def similarity() -> SimilarityTest:
+def similarity(control: str = "filler", *, both: bool = True) -> SimilarityTest:
+    """From a filler similar examples shift more; from the zero-shot prompt, where there are both, less."""
+    sign = 1 if control == "filler" else -1
     rng = np.random.default_rng(3)
     by, shape = ("most similar", "random", "least similar"), (2, 4, 2, len(SPANS))
     per = np.abs(rng.normal(0.3, 0.05, (N, 3, *shape))) + 0.06 * np.arange(2, -1, -1)[None, :, None, None, None, None]
     value = per.mean(0)
-    effect = rng.normal(0.6, 0.3, shape)
-    p = np.where(effect > 0.5, 1e-3, 0.5)
-    comparisons = tuple(SimilarityEffect(a, b, part, about(0.1, 0.04), about(g, 0.3, "g"), p_, p_ * 2, share) for a, b, part, g, p_, share in (
+    effect = sign * rng.normal(0.6, 0.3, shape)
+    p = np.where(np.abs(effect) > 0.5, 1e-3, 0.5)
+    comparisons = tuple(SimilarityEffect(a, b, part, about(0.1, 0.04), about(sign * g, 0.3, "g"), p_, p_ * 2, share) for a, b, part, g, p_, share in (
         ("most similar", "least similar", "k", 0.8, 1e-4, 0.83), ("most similar", "least similar", "v", 0.5, 0.004, 0.7), ("most similar", "random", "k", 0.3, 0.2, 0.55),
         ("random", "least similar", "v", -0.1, 0.6, 0.48)))  # fmt: skip
     return SimilarityTest(by, PARTS, tuple(range(4)), (0, 1), SPANS, value, *bounds(value, 0.02), per, rng.random((N, 3)), rng.integers(0, 9, (N, 3)), comparisons, effect,
-                          *bounds(effect, 0.3), p, np.minimum(1, 8 * p), np.full(N, 60), "the model's own vision tower", tuple(map(str, range(N))), **BASE)  # fmt: skip
+                          *bounds(effect, 0.3), p, np.minimum(1, 8 * p), np.full(N, 60), "the model's own vision tower", tuple(map(str, range(N))), control=control, others={"zero-shot": similarity("zero-shot", both=False)} if both else {}, **BASE)  # fmt: skip
 
 
 CONDITIONS = ("kept+kept", "broken+kept", "kept+changed", "broken+changed", "zero-shot")
@@ -196,7 +198,7 @@ def strategies() -> Strategies:
 
 
 EVERY: dict[str, Callable[[], Any]] = {
-    "shift": shift, "shift alone": shift_alone, "similarity": similarity, "shares": shares, "shares without residual": lambda: shares(residual=False), "table": table, "mixed": mixed,
+    "shift": shift, "shift alone": shift_alone, "similarity": similarity, "similarity from one control": lambda: similarity(both=False), "shares": shares, "shares without residual": lambda: shares(residual=False), "table": table, "mixed": mixed,
     "margin": margin, "margin of a model that is always right": lambda: margin(known=False), "pushed": pushed, "learned": learned, "strategies": strategies,
 }  # fmt: skip
 

@@ -127,12 +127,20 @@ def margin_sentence(margin: ContrastMargin, prompts: str) -> str:
 
 
 def similarity_sentence(test: SimilarityTest) -> str:
-    """The claim "similar examples shift more", with its effect sizes."""
-    ends = [c for c in test.comparisons if (c.first, c.second) == (test.comparisons[0].first, test.comparisons[0].second)]
-    told = [f"{part_words(c.part)} g = {number(c.effect)}, p = {c.p_corrected:.2g}" for c in ends]
-    first = test.comparisons[0]
-    verdict = "shift more" if first.p_corrected < ALPHA and first.effect.value > 0 else "shift less" if first.p_corrected < ALPHA else "do not clearly shift more"  # fmt: skip
-    return f"Examples more like the query {verdict} ({part_words(first.part)}; same label, same length; n = {test.n}): {first.first} minus {first.second}, {'; '.join(told)}."
+    """The claim "similar examples shift more", with its effect sizes from each control."""
+    both = [test, *test.others.values()]
+    sides = {int(np.sign(one.comparisons[0].effect.value)) if one.comparisons[0].p_corrected < ALPHA else 0 for one in both}
+    verdict = {frozenset({1}): "shift more", frozenset({-1}): "shift less"}.get(frozenset(sides), "do not clearly shift more")
+    verdict = "shift more from one control and less from the other" if {1, -1} <= sides else verdict
+    told = []
+    for one in both:
+        first = one.comparisons[0]
+        ends = [c for c in one.comparisons if (c.first, c.second) == (first.first, first.second)]
+        found = [f"{part_words(c.part)} g = {number(c.effect)}, p = {c.p_corrected:.2g}" for c in ends]
+        told.append(
+            f"from {'the filler' if one.control == 'filler' else 'the zero-shot prompt'}, {first.first} minus {first.second}: {'; '.join(found)}"
+        )
+    return f"Examples more like the query {verdict} ({part_words(test.comparisons[0].part)}; same label, same length; n = {test.n}): {'. '.join(t[0].upper() + t[1:] for t in told)}."
 
 
 def kv_told(story: KVStory) -> list[str]:
@@ -168,6 +176,7 @@ def about_shift(shift: KVShift) -> Words:
 def about_similarity(test: SimilarityTest) -> Words:
     return Words(
         f"Each query with one example, chosen three ways by likeness ({test.embeddings}): does the more similar one shift keys and values more? Above: pooled effect sizes; below: cell by cell.",
+        "Read both controls: an example like the query can move it further than a dissimilar one from a filler and less far from the zero-shot prompt, where it mostly repeats the query. "
         f"Likeness is the embeddings' own; another encoder may order examples otherwise. Cells share queries and are not independent. {OURS}",
         f"n = {test.n} queries, paired; Hedges' g with bootstrap 95 %; sign flips, Holm; {_skipped(len(test.skipped))}",
     )

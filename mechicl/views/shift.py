@@ -5,8 +5,6 @@ The arrays in a figure are the arrays of the result.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from mechicl.errors import OptionError
@@ -116,30 +114,46 @@ def _pooled(shift: KVShift, both: list[KVShift]) -> Panel:
 
 
 def similarity_rows(test: SimilarityTest) -> Spec:
-    """Effect sizes of choosing a more similar example, pooled on top and cell by cell below.
+    """Effect sizes of choosing a more similar example, from each control: pooled on top and cell by cell below.
 
-    Filled, and a dot: corrected p < 0.05.
+    Filled, and a dot: corrected p < 0.05; a triangle: less.
     """
+    both = [test, *test.others.values()]
     labels = [f"{words(c.first)} minus {words(c.second)}, {part_words(c.part)}" for c in test.comparisons]
-    filled = [bool(c.p_corrected < ALPHA) for c in test.comparisons]
-    hover = [f"<br>shift differs by {c.difference.value:.4f} ({c.difference.low:.4f} to {c.difference.high:.4f}), more in {c.share:.0%} of queries<br>p {c.p:.2g}, corrected {c.p_corrected:.2g}"
-             for c in test.comparisons]  # fmt: skip
-    pooled = rows_panel([estimates(labels, [c.effect for c in test.comparisons], "pooled effect", CHOSEN, filled=filled, hover=hover, legend=False)], labels,
-                        "<b>averaged over layers, heads and spans</b>", title="effect size (Hedges' g, paired), 95 % intervals", level=0.0)  # fmt: skip
-    maps: list[Panel] = []
-    for p, part in enumerate(test.parts):
-        more, less = _sides(test.effect[p], test.p_corrected[p])
-        means: list[Any] = [_flat(test.shift[w, p]) for w in range(len(test.by))]
-        extra = np.stack([_flat(test.effect_low[p]), _flat(test.effect_high[p]), _flat(test.p_corrected[p]), means[0], means[-1]], axis=-1)
-        hover_text = (
-            f"<b>{part_words(part)} of head %{{y}}, %{{x}}</b><br>effect %{{z:.2f}} (%{{customdata[0]:.2f}} to %{{customdata[1]:.2f}}), corrected p %{{customdata[2]:.2g}}<br>"
-            f"shift {words(test.by[0])} %{{customdata[3]:.3f}}, {words(test.by[-1])} %{{customdata[4]:.3f}}, n = {test.n}<extra></extra>"
+    styles = {"filler": (CONTROL, "diamond"), "zero-shot": (CHOSEN, "circle")}
+    traces = []
+    for one in both:
+        hover = [f"<br>shift differs by {c.difference.value:.4f} ({c.difference.low:.4f} to {c.difference.high:.4f}), more in {c.share:.0%} of queries<br>p {c.p:.2g}, corrected {c.p_corrected:.2g}"
+                 for c in one.comparisons]  # fmt: skip
+        filled = [bool(c.p_corrected < ALPHA) for c in one.comparisons]
+        colour, symbol = styles.get(one.control, (RANDOM, "square"))
+        own = [f"{words(c.first)} minus {words(c.second)}, {part_words(c.part)}" for c in one.comparisons]
+        traces.append(
+            estimates(
+                own, [c.effect for c in one.comparisons], f"shift from {words(one.control)}", colour, symbol, filled=filled, hover=hover
+            )
         )
-        maps.append(cells_panel(_flat(test.effect[p]), head_rows(test.layers, test.heads), test.spans, f"<b>{part_words(part)}</b> \u00b7 {words(test.by[0])} minus {words(test.by[-1])}",
-                                  hover=hover_text, extra=extra, marked=more, below=less, what=f"{part} effect", named=p == 0, down="layer.KV head"))  # fmt: skip
-    spec = stack([[pooled], maps], insets=[0.24, 0.0], header=84)
-    finite = np.abs(test.effect[np.isfinite(test.effect)])
-    half = max(0.2, float(finite.max()) if finite.size else 0.2)
+    pooled = rows_panel(
+        traces, labels, "<b>averaged over layers, heads and spans</b>", title="effect size (Hedges' g, paired), 95 % intervals", level=0.0
+    )
+    maps = [[_effect_map(one, p) for p in range(len(one.parts))] for one in both]
+    spec = stack([[pooled], *maps], insets=[0.24], header=84, footer=30)
+    size = np.concatenate([np.abs(one.effect[np.isfinite(one.effect)]) for one in both])
+    half = max(0.2, float(size.max()) if size.size else 0.2)
     subtitle = f"same query, label and number of tokens, other example; likeness by {words(test.embeddings)}; n = {test.n} queries \u00b7 filled, dot (triangle: less): corrected p < {ALPHA} (Holm)"
-    titled(spec, "<b>Does a more similar example shift more?</b>", subtitle, legend=False)
+    titled(spec, "<b>Does a more similar example shift more?</b>", subtitle)
     return scaled(spec, {"colorscale": DIVERGING, "cmin": -half, "cmax": half, "cmid": 0}, scale="diverging", low=True)
+
+
+def _effect_map(test: SimilarityTest, p: int) -> Panel:
+    """One part: effect of the most similar example against the least similar, cell by cell."""
+    part, first, last = test.parts[p], _flat(test.shift[0, p]), _flat(test.shift[-1, p])
+    more, less = _sides(test.effect[p], test.p_corrected[p])
+    extra = np.stack([_flat(test.effect_low[p]), _flat(test.effect_high[p]), _flat(test.p_corrected[p]), first, last], axis=-1)
+    hover = (
+        f"<b>{part_words(part)} of head %{{y}}, %{{x}}</b><br>effect %{{z:.2f}} (%{{customdata[0]:.2f}} to %{{customdata[1]:.2f}}), corrected p %{{customdata[2]:.2g}}<br>"
+        f"shift {words(test.by[0])} %{{customdata[3]:.3f}}, {words(test.by[-1])} %{{customdata[4]:.3f}}, from {words(test.control)}, n = {test.n}<extra></extra>"
+    )
+    heading = f"<b>{part_words(part)}</b> \u00b7 {words(test.by[0])} minus {words(test.by[-1])}, from {words(test.control)}"
+    return cells_panel(_flat(test.effect[p]), head_rows(test.layers, test.heads), test.spans, heading, hover=hover, extra=extra, marked=more, below=less,
+                       what=f"{part} effect {test.control}", named=p == 0, down="layer.KV head")  # fmt: skip
