@@ -124,7 +124,13 @@ class Pushed:
         for pushes in cells:
             hooks = [(hook, lambda x, hook, some=some: _all(some, 0)(x)) for hook, some in _by_hook(pushes).items()]
             with torch.no_grad():
-                found.append(self._read(self.model.run_with_hooks(self.wide, positions=self.positions, fwd_hooks=hooks)))
+                found.append(
+                    self._read(
+                        self.model.run_with_hooks(
+                            self.wide, positions=self.positions.to(self.wide.inputs["input_ids"].device), fwd_hooks=hooks
+                        )
+                    )
+                )
         return found
 
     def _read(self, logits: Tensor) -> np.ndarray:

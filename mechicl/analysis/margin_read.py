@@ -260,7 +260,7 @@ class _Reader:
     def _matches(self, q: Tensor, k: Tensor, layer: int) -> np.ndarray:
         """[batch, head, shot]."""
         at = self.places
-        last = q[torch.arange(self.n), at.last.to(q.device)]
+        last = q[torch.arange(self.n, device=q.device), at.last.to(q.device)]
         keys = torch.einsum("bsr,brhd->bhsd", at.match.to(k.device), k).repeat_interleave(q.shape[2] // k.shape[2], 1)
         scale = self.scales.setdefault(layer, attention_scale(self.model, layer))
         return (torch.einsum("bhd,bhsd->bhs", last, keys) * scale).double().cpu().numpy()
