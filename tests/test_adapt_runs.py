@@ -192,6 +192,18 @@ def test_heads_can_be_followed_and_seeds_make_a_band(finished: AdaptRun, tmp_pat
         head_curve(finished.folder, "induction", (9, 0))
 
 
+def test_what_was_measured_at_the_end_is_what_the_loaded_model_gives(tmp_path: Path) -> None:
+    """Heads switched off included: adapters that a hook does not reach would show here."""
+    probe = Probe(concepts.draw(8, classes=2, shots=2, size=28, seed=5), knocked=4, n_random=2)
+    for lora in (True, False):
+        run = adapt("demo", tmp_path / str(lora), data=draw, probe=probe, measure_at=[], lora=lora, lr=1e-2, **SOME)
+        again = measure(mechicl.load(run.result), probe)
+        assert run.growth is not None
+        for name, found in again.measures.items():
+            assert run.growth.values[name][-1] == pytest.approx(found.value, abs=1e-5), name
+        assert run.growth.values["induction, best head"][0] != pytest.approx(run.growth.values["induction, best head"][-1], abs=1e-4)
+
+
 def test_measured_steps_are_spread_on_a_logarithm() -> None:
     assert when(4, 100) == (0, 1, 10, 100)
     assert when([5], 100) == (0, 5, 100)

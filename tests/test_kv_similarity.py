@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from scipy import stats
 
 import mechicl
 from mechicl.analysis.effect_sizes import paired_effect
-from mechicl.analysis.similarity import similarity_test
+from mechicl.analysis.similarity import _both, similarity_test
 from mechicl.data import concepts
 from mechicl.data.gaussian import UnimodalTask, draw, world
 from mechicl.errors import EpisodeError, OptionError
@@ -25,6 +26,7 @@ from mechicl.models.toy import ToyTransformer, toy_config
 from mechicl.models.toy_prompts import toy_episodes
 from mechicl.prompts.episode import Episode, Shot
 from mechicl.prompts.vectors import VectorRenderer, to_batch
+from mechicl.results import SimilarityEffect
 
 QUIET: dict[str, Any] = {"progress": False}
 TASK = UnimodalTask(K=64, L=16, N=4, D=16, B=2, eps=0.5)
@@ -124,12 +126,17 @@ def test_the_three_prompts_differ_in_the_example_only() -> None:
 
 
 def test_a_claim_that_turns_round_with_the_control_says_so() -> None:
-    model = mechicl.load("demo")
-    pool = [shot for episode in concepts.draw(30, classes=4, shots=1, size=28, seed=12) for shot in episode.shots]
-    found = similarity_test(model, concepts.draw(24, classes=2, shots=1, size=28, seed=11), pool, parts=("v",), **QUIET)
-    assert found.comparisons[0].effect.low > 0  # from emptied turns, pictures like the query's move its values further
-    assert found.others["zero-shot"].comparisons[0].effect.high < 0  # from the question alone, less far: they say the same again
-    assert "depends on the control" in " ".join(found.notes)
+    episodes, pool = vectors(12)
+    found = similarity_test(reads_what_is_like_itself(), episodes, pool, control="filler", **QUIET)
+    assert found.comparisons[0].effect.low > 0
+
+    def turned(effect: SimilarityEffect) -> SimilarityEffect:
+        e = effect.effect
+        return replace(effect, effect=replace(e, value=-e.value, low=-e.high, high=-e.low))
+
+    other = replace(found, control="zero-shot", comparisons=tuple(turned(one) for one in found.comparisons))
+    assert "depends on the control" in " ".join(_both([found, other]).notes)
+    assert "depends on the control" not in " ".join(_both([found, replace(found, control="zero-shot")]).notes)
 
 
 def test_toys_of_words_use_their_own_embeddings() -> None:
