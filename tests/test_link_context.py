@@ -393,10 +393,9 @@ def test_syllable_labels_are_as_long_as_the_name_beside_them_and_begin_otherwise
     assert {len(key) for key in pool.keys} == {4}
     assert len({key[:2] for key in pool.keys}) == 40  # no two begin alike
     assert all(
-        len(a) == len(b) and a[:2] != b[:2]
-        for a, b in (one.candidates for one in link_episodes(pool, 60, shots=1, pseudo_labels="syllables"))
+        len(a) == len(b) and a[:2] != b[:2] for a, b in (one.candidates for one in link_episodes(pool.split_groups()[0], 60, shots=1))
     )
-    for make in (lambda: generated_pool(0, 2, 1, 16, names="rude"), lambda: link_episodes(pool, 1, shots=1, pseudo_labels="letters")):  # type: ignore[arg-type]
+    for make in (lambda: generated_pool(0, 2, 1, 16, names="rude"), lambda: link_episodes(pool, 1, shots=1, pseudo_labels="digits")):  # type: ignore[arg-type]
         with unchecked(), pytest.raises(OptionError, match="must be"):
             make()
 
@@ -404,7 +403,7 @@ def test_syllable_labels_are_as_long_as_the_name_beside_them_and_begin_otherwise
 def test_the_bundled_model_follows_the_link_where_labels_are_of_one_length_and_only_then() -> None:
     model = mechicl.load("demo")
     fair = generated_pool(0, 20, 4, 28, names="made-up")
-    right = answer(model.hf, model.renderer, link_episodes(fair, 64, shots=3, prompt=SHORT, pseudo_labels="syllables"))
+    right = answer(model.hf, model.renderer, link_episodes(fair, 64, shots=3, prompt=SHORT))
     assert right.accuracy.low > 0.9
     unfair = link_episodes(generated_pool(0, 20, 4, 28), 64, shots=3, prompt=SHORT)
     shorter = [len(min(one.candidates, key=lambda label: len(model.renderer.tokenizer.encode(label)))) == len(one.answer) for one in unfair]

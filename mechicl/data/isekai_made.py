@@ -71,7 +71,7 @@ def generated_pool(
         size: Side of the pictures, pixels.
         split: "held_out" for concepts that the bundled models were not trained on, "train", or "all".
         names: What real concepts are called. "plain": everyday words ("dotted red star"). "made-up": a word without meaning, as unreal ones are, all of two
-            syllables. The bundled models know no words, and where labels differ in length the shorter one is always the likelier.
+            syllables, and episodes rename to such words too. The bundled models know no words, and of labels of different lengths they say the shorter one.
 
     Raises:
         OptionError: fewer than one group or picture, or more groups than the split has.
@@ -94,7 +94,7 @@ def generated_pool(
         group = f"group-{number:02d}"
         classes.append(LinkClass(name, images[:per_class], kind="unreal", group=group))
         classes.append(LinkClass(real, images[per_class:], kind="real", group=group))
-    return Pool(tuple(classes), title=f"generated-{split}")
+    return Pool(tuple(classes), title=f"generated-{split}", labels="letters" if names == "plain" else "syllables")
 
 
 def _choose(n: int, split: Split, draw: np.random.Generator) -> list[tuple[str, int, int]]:

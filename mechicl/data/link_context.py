@@ -12,14 +12,14 @@ from __future__ import annotations
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import get_args
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from mechicl.data.compose import INSTRUCTION, QUESTION
 from mechicl.data.isekai_made import generated_pool
-from mechicl.data.link_pool import LinkClass, Pool
+from mechicl.data.link_pool import Labels, LinkClass, Pool
 from mechicl.data.neighbours import Neighbours, rank_chances
 from mechicl.data.words import SYLLABLES, pseudo_words
 from mechicl.errors import OptionError
@@ -144,7 +144,7 @@ def link_episodes(
     strategy: str = "2-way",
     shots: int = 16,
     neighbours: Neighbours | None = None,
-    pseudo_labels: bool | Literal["syllables"] = True,
+    pseudo_labels: bool | Labels = True,
     general: Sequence[Episode] = (),
     prompt: Prompt = PUBLISHED,
     seed: int = 0,
@@ -157,8 +157,7 @@ def link_episodes(
         strategy: One of `STRATEGIES`.
         shots: Pictures of either class, or the most of them where the strategy draws their number.
         neighbours: Negatives are drawn from its list, the one of interval j by `rank_chances`. None: from all classes evenly, the control.
-        pseudo_labels: True: the positive class gets a random string as its name, as published. "syllables": a pronounceable one as long as the negative's
-            name, for the bundled models. False: it keeps its own name.
+        pseudo_labels: True: the positive class is renamed as `pool.labels` says. "letters", "syllables": in this way. False: it keeps its own name.
         general: Episodes of another task, for "mix": taken in random order, all before any comes again.
         prompt: The words.
         seed: Decides everything.
@@ -170,8 +169,11 @@ def link_episodes(
     Raises:
         OptionError: an option out of range, too few pictures in a class, classes that were not compared, or "mix" without a general task.
     """
-    if pseudo_labels not in (True, False, "syllables"):
-        raise OptionError(f'pseudo_labels must be True, False or "syllables"; got {pseudo_labels!r}. True is as published.')
+    rename = pool.labels if pseudo_labels is True else pseudo_labels or ""
+    if rename not in ("", *get_args(Labels)):
+        raise OptionError(
+            f"pseudo_labels must be True, False, {' or '.join(get_args(Labels))}; got {pseudo_labels!r}. True is as the pool says."
+        )
     way = _checked(pool, n, strategy, shots, general)
     table = None if neighbours is None else neighbours.take(pool.keys).listed(seed)
     found = []
@@ -180,7 +182,7 @@ def link_episodes(
         if way.general and _coin(seed, k // 2) != k % 2:
             found.append(_general(general, k // 2, seed))
         else:
-            found.append(_episode(pool, way, shots, table, pseudo_labels, prompt, f"{strategy}/{seed}/{k}", draw))
+            found.append(_episode(pool, way, shots, table, rename, prompt, f"{strategy}/{seed}/{k}", draw))
     return found
 
 
@@ -222,7 +224,7 @@ def _episode(
     way: Strategy,
     shots: int,
     table: Int[np.ndarray, "cls interval"] | None,
-    pseudo_labels: bool | str,
+    rename: str,
     prompt: Prompt,
     name: str,
     draw: np.random.Generator,
@@ -231,9 +233,9 @@ def _episode(
     values, chances = way.chances(shots)
     many = int(draw.choice(values, p=chances))
     label = positive.name
-    if pseudo_labels == "syllables":
+    if rename == "syllables":
         label = syllable_label(draw, beside=negative.name)
-    elif pseudo_labels:
+    elif rename:
         label = pseudo_label(draw, avoid="" if way.again else negative.name)
         while label == negative.name:  # only the released code's rule can meet it
             label = pseudo_label(draw)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +13,8 @@ from mechicl.data.memes_check import MAX_PIXELS, open_picture
 from mechicl.errors import OptionError
 
 Kind = Literal["", "real", "unreal"]
+Labels = Literal["letters", "syllables"]
+"""letters: random strings, as published. syllables: pronounceable ones as long as the other class's name, for models that know syllables only."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,14 +52,16 @@ class Pool:
         classes: In order; keys differ.
         size: Pictures read from files are shrunk until no side is longer, pixels; None leaves them as they are.
         max_pixels: Larger files are refused before they are unpacked.
-        title: Where the classes come from, for episodes' ids.
+        title: Where the classes come from.
+        labels: What a class is renamed to in an episode; see `Labels`.
     """
 
     classes: tuple[LinkClass, ...]
     size: int | None = None
     max_pixels: int = MAX_PIXELS
     title: str = "pool"
-    _at: dict[str, int] = field(default_factory=dict, repr=False)
+    labels: Labels = "letters"
+    _at: dict[str, int] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.classes) < 2:
@@ -109,7 +113,7 @@ class Pool:
         Raises:
             OptionError: a class that is not there, or fewer than two.
         """
-        return Pool(tuple(self[key] for key in keys), self.size, self.max_pixels, self.title)
+        return replace(self, classes=tuple(self[key] for key in keys))
 
     def split(self, keys: Collection[str]) -> tuple[Pool, Pool]:
         """Two pools: the classes `keys`, and all others.
