@@ -14,7 +14,7 @@ import copy
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,7 @@ def adapt(
         checkpoint_every: Steps between checkpoints.
         merged: With LoRA, also write the whole model; default only where the base has no name that an adapter folder could give.
         seed: Of adapters, episodes and dropout.
-        device: "cpu", "cuda", "mps"; default the best there is. For several GPUs: `accelerate launch -m mechicl.cli.app adapt ...`.
+        device: "cpu", "cuda", "mps"; default the best there is. For several GPUs: `accelerate launch $(which mechicl) adapt ...`.
         dtype: The base model's; default as saved with LoRA, float32 without.
         threads: CPU threads while training.
         resume: Continue the run in `out`. On one CPU thread the result is the same to the bit as without the interruption; elsewhere the same episodes,
@@ -194,7 +194,15 @@ def adapt(
         parts |= {"base": base or "", "seed": seed}
         adapted = choose(loaded.hf, **parts)
         loop = Loop(loaded.hf, loaded.renderer, feed, course, run, accelerator)
-        learn(loop, loaded, watched, points, checkpoint_every, progress)
+
+        def now() -> HookedVLM:
+            """The model as it stands. Adapters are added into the weights of a copy: a hook beside them would miss their branch."""
+            if not lora:
+                return loaded
+            loop.optimizer.zero_grad(set_to_none=True)
+            return HookedVLM(merged_copy(adapted), loaded.processor, check=False, name=loaded.cfg.model_name, revision=loaded.revision)
+
+        learn(loop, now, watched, points, checkpoint_every, progress)
         if accelerator.is_main_process:
             finish(loop, adapted, loaded, watched, whole=not lora or (base is None if merged is None else merged), lora=lora)
         accelerator.wait_for_everyone()
@@ -244,7 +252,7 @@ def begin(out: str | os.PathLike[str], config: Mapping[str, Any], accelerator: A
     return Run(Path(out))
 
 
-def learn(loop: Loop, model: HookedVLM, probe: Probe | None, points: Sequence[int], every: int, progress: bool) -> None:
+def learn(loop: Loop, now: Callable[[], HookedVLM], probe: Probe | None, points: Sequence[int], every: int, progress: bool) -> None:
     """Take the steps that are left; measure and checkpoint on the way."""
     from tqdm.auto import tqdm
 
@@ -252,7 +260,7 @@ def learn(loop: Loop, model: HookedVLM, probe: Probe | None, points: Sequence[in
     live = math.nan
     with tqdm(total=loop.course.steps, initial=loop.step, disable=not (progress and first), unit="step", dynamic_ncols=True) as bar:
         if loop.step == 0:
-            look(loop, model, probe, points)
+            look(loop, now, probe, points)
         while loop.step < loop.course.steps:
             row = loop.take_step()
             live = row["loss"] if math.isnan(live) else live + 0.1 * (row["loss"] - live)
@@ -260,19 +268,19 @@ def learn(loop: Loop, model: HookedVLM, probe: Probe | None, points: Sequence[in
                 loop.run.log({"step": loop.step, **row})
             bar.update()
             bar.set_postfix_str(f"loss {live:.3f}", refresh=False)
-            look(loop, model, probe, points)
+            look(loop, now, probe, points)
             if loop.step % every == 0 or loop.step == loop.course.steps:
                 loop.save()
 
 
-def look(loop: Loop, model: HookedVLM, probe: Probe | None, points: Sequence[int]) -> None:
+def look(loop: Loop, now: Callable[[], HookedVLM], probe: Probe | None, points: Sequence[int]) -> None:
     """Measure the model where it stands, if this is a step at which it is to be measured."""
     if probe is None or loop.step not in points:
         return
     if loop.accelerator.is_main_process:
-        model.hf.eval()
+        loop.hf.eval()
         with torch.no_grad():
-            loop.run.log(adapt_measure.write_down(adapt_measure.measure(model, probe), loop.step))
+            loop.run.log(adapt_measure.write_down(adapt_measure.measure(now(), probe), loop.step))
     loop.accelerator.wait_for_everyone()
 
 
