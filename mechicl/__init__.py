@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from mechicl.analysis.heads import attention_by_role, score_heads
     from mechicl.analysis.icl import icl_accuracy
     from mechicl.analysis.kv_shift import kv_shift
+    from mechicl.analysis.link_eval import evaluate_link
+    from mechicl.analysis.link_prior import informative_position, label_corruption
+    from mechicl.analysis.link_rename import link_or_prior
     from mechicl.analysis.logit_lens import logit_lens
     from mechicl.analysis.margin import contrast_margin
     from mechicl.analysis.patching import patch
@@ -34,11 +37,13 @@ if TYPE_CHECKING:
     from mechicl.models.load import load
     from mechicl.models.vlm import HookedVLM
     from mechicl.prompts.episode import Episode, Shot
+    from mechicl.training.adapt import adapt
     from mechicl.views.plots import plot
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "adapt": "mechicl.training.adapt",
     "compare_strategies": "mechicl.analysis.anchored",
     "compare_circuits": "mechicl.analysis.circuit_overlap",
     "circuit_curve": "mechicl.analysis.circuits",
@@ -61,6 +66,10 @@ _HOMES = {
     "function_vector": "mechicl.analysis.function_vectors",
     "add_function_vector": "mechicl.analysis.function_vector_effects",
     "direct_logits": "mechicl.analysis.direct_logits",
+    "evaluate_link": "mechicl.analysis.link_eval",
+    "informative_position": "mechicl.analysis.link_prior",
+    "label_corruption": "mechicl.analysis.link_prior",
+    "link_or_prior": "mechicl.analysis.link_rename",
     "logit_lens": "mechicl.analysis.logit_lens",
     "head_circuits": "mechicl.analysis.head_circuits",
     "find_and_prove": "mechicl.analysis.study",
@@ -75,10 +84,11 @@ _HOMES = {
 _MODULES = ("data", "prompts", "models", "analysis", "training", "views", "errors", "results")
 
 __all__ = [
-    "Episode", "HookedVLM", "Shot", "ablate", "add_function_vector", "attention_by_role", "attribute", "circuit_curve",
-    "compare_circuits", "compare_strategies", "contrast_margin", "direct_logits", "dose_curve", "eap", "evaluate_circuit", "factor_shares", "find_and_prove", "find_circuit", "function_vector",
-    "function_vector_scores", "head_circuits", "icl_accuracy", "kv_shift", "load", "logit_lens", "patch", "path_patch", "plot", "score_heads",
-    "similarity_test", "span_knockout", "transplant",
+    "Episode", "HookedVLM", "Shot", "ablate", "adapt", "add_function_vector", "attention_by_role", "attribute", "circuit_curve",
+    "compare_circuits", "compare_strategies", "contrast_margin", "direct_logits", "dose_curve", "eap", "evaluate_circuit",
+    "evaluate_link", "factor_shares", "find_and_prove", "find_circuit", "function_vector", "function_vector_scores",
+    "head_circuits", "icl_accuracy", "informative_position", "kv_shift", "label_corruption", "link_or_prior", "load",
+    "logit_lens", "patch", "path_patch", "plot", "score_heads", "similarity_test", "span_knockout", "transplant",
 ]  # fmt: skip
 
 

@@ -230,7 +230,7 @@ def _follows(episodes: Sequence[Episode], predicted: np.ndarray) -> Estimate:
 
 
 def _changes(rows: Sequence[LinkScore], beside: Sequence[LinkBaseline], seed: int) -> tuple[LinkChange, ...]:
-    """Each setting against the one before and against the first, and against the baselines that look at pictures."""
+    """Each setting against the one before, against the first, and against the nearest prototype."""
     found: list[LinkChange] = []
     for measure, of in (("written", _right), ("likelihood", _likely)):
         tests: list[tuple[str, str, np.ndarray, np.ndarray]] = []
@@ -243,7 +243,7 @@ def _changes(rows: Sequence[LinkScore], beside: Sequence[LinkBaseline], seed: in
                 assert then is not None
                 tests.append((before.setting, row.setting, then, now))
             for one in beside:
-                if one.name in LOOKED and not np.isnan(one.chances[k]).any():
+                if one.name == LOOKED[0] and not np.isnan(one.chances[k]).any():
                     tests.append((one.name, row.setting, one.chances[k], now))
         p = [mcnemar_p(a, b) if np.isin(a, (0.0, 1.0)).all() else np.nan for _, _, a, b in tests]
         found += [

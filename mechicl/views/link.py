@@ -10,9 +10,9 @@ from mechicl.results import Estimate, LinkPrior, LinkScore, LinkScores
 from mechicl.views.captions import Words
 from mechicl.views.grids import Spec, words
 from mechicl.views.panels import Panel, level_line, stack, titled
-from mechicl.views.theme import CHANCE, CHOSEN, CONTROL, INTACT, LINES, RANDOM, SINGLE
+from mechicl.views.theme import CHANCE, CHOSEN, CONTROL, INTACT, LINES, RANDOM
 
-BESIDE = {"nearest prototype": CONTROL, "nearest example": SINGLE, "copy last label": RANDOM, "majority": LINES[5]}
+BESIDE = {"nearest prototype": CONTROL, "copy last label": RANDOM}
 """Baselines that are drawn; the others are in the table."""
 
 
