@@ -214,3 +214,12 @@ def test_a_given_embedder_is_asked_for_names_only_where_they_count() -> None:
     for options in ({"per_class": 0}, {"n_intervals": 0}):
         with unchecked(), pytest.raises(MechiclError):
             class_neighbours(pool, embedder, **options)
+
+
+def test_the_page_about_the_data_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "link_context.md").read_text()
+    block = page.split("```python\n")[1].split("```")[0]
+    exec(compile(block, "docs/link_context.md", "exec"), {})
+    first, second = capsys.readouterr().out.strip().splitlines()
+    assert first.startswith("2-way/1/0: ")
+    assert float(second.split()[0]) > 0.9

@@ -175,14 +175,14 @@ def link_episodes(
             f"pseudo_labels must be True, False, {' or '.join(get_args(Labels))}; got {pseudo_labels!r}. True is as the pool says."
         )
     way = _checked(pool, n, strategy, shots, general)
-    table = None if neighbours is None else neighbours.take(pool.keys).listed(seed)
+    near = None if neighbours is None else neighbours.take(pool.keys)
     found = []
     for k in range(n):
         draw = np.random.default_rng([seed, k])
         if way.general and _coin(seed, k // 2) != k % 2:
             found.append(_general(general, k // 2, seed))
         else:
-            found.append(_episode(pool, way, shots, table, rename, prompt, f"{strategy}/{seed}/{k}", draw))
+            found.append(_episode(pool, way, shots, near, seed, rename, prompt, f"{strategy}/{seed}/{k}", draw))
     return found
 
 
@@ -223,13 +223,14 @@ def _episode(
     pool: Pool,
     way: Strategy,
     shots: int,
-    table: Int[np.ndarray, "cls interval"] | None,
+    near: Neighbours | None,
+    seed: int,
     rename: str,
     prompt: Prompt,
     name: str,
     draw: np.random.Generator,
 ) -> Episode:
-    positive, negative = _classes(pool, table, draw)
+    positive, negative = _classes(pool, near, seed, draw)
     values, chances = way.chances(shots)
     many = int(draw.choice(values, p=chances))
     label = positive.name
@@ -256,13 +257,13 @@ def _episode(
     return Episode(tuple(items[int(i)] for i in order), query, labels, prompt.instruction, prompt.question, id=title, form=prompt.form)
 
 
-def _classes(pool: Pool, table: Int[np.ndarray, "cls interval"] | None, draw: np.random.Generator) -> tuple[LinkClass, LinkClass]:
+def _classes(pool: Pool, near: Neighbours | None, seed: int, draw: np.random.Generator) -> tuple[LinkClass, LinkClass]:
     """A positive and a negative class of different names."""
     while True:
         row = int(draw.integers(len(pool)))
-        if table is None:
+        if near is None:
             other = (row + 1 + int(draw.integers(len(pool) - 1))) % len(pool)
         else:
-            other = int(table[row, draw.choice(table.shape[1], p=rank_chances(table.shape[1]))])
+            other = int(near.drawn(row, seed)[draw.choice(near.n, p=rank_chances(near.n))])
         if pool.classes[row].name != pool.classes[other].name:
             return pool.classes[row], pool.classes[other]

@@ -66,13 +66,14 @@ class Neighbours:
             raise OptionError(f"j must be in 1..{self.n}; got {j}. 1 holds the most similar classes.")
         return np.array_split(self.ranking[row], self.n)[j - 1]
 
+    def drawn(self, row: int, seed: int) -> Int[np.ndarray, " interval"]:
+        """One class from every interval of class `row`: the list of neighbours that its negatives are then drawn from."""
+        draw = np.random.default_rng([seed, 29, row])
+        return np.array([part[draw.integers(len(part))] for part in np.array_split(self.ranking[row], self.n)])
+
     def listed(self, seed: int) -> Int[np.ndarray, "cls interval"]:
-        """One class drawn from every interval of every class: the list of neighbours that negatives are then drawn from."""
-        rows = []
-        for row in range(len(self.keys)):
-            draw = np.random.default_rng([seed, 29, row])
-            rows.append([int(part[draw.integers(len(part))]) for part in np.array_split(self.ranking[row], self.n)])
-        return np.array(rows)
+        """`drawn` of every class."""
+        return np.stack([self.drawn(row, seed) for row in range(len(self.keys))])
 
     def take(self, keys: Iterable[str]) -> Neighbours:
         """The same for some of the classes, ranked anew among themselves.
@@ -80,7 +81,10 @@ class Neighbours:
         Raises:
             OptionError: a class that is not there.
         """
-        wanted, at = tuple(keys), {key: number for number, key in enumerate(self.keys)}
+        wanted = tuple(keys)
+        if wanted == self.keys:
+            return self
+        at = {key: number for number, key in enumerate(self.keys)}
         missing = [key for key in wanted if key not in at]
         if missing:
             raise OptionError(f"keys must be classes that were compared; {missing[0]!r} was not. Compare the pool that you draw from.")
