@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -9,11 +10,16 @@ import numpy as np
 import pytest
 
 import mechicl
-from mechicl.analysis import kv_story
+from mechicl.analysis import kv_story, study
 from mechicl.analysis.kv_story import KVPlan, examples_story, kv_cost, mixed, pool_of
 from mechicl.data import concepts
 from mechicl.errors import EpisodeError
+from mechicl.models.planted import planted_induction
+from mechicl.models.toy_prompts import toy_episodes
+from mechicl.models.vlm import HookedVLM
 from mechicl.results import KVStory
+from mechicl.views.kv_sections import kv_blocks
+from mechicl.views.kv_story import kv_told
 
 QUIET: dict[str, Any] = {"progress": False, "batch_size": 8}
 
@@ -67,7 +73,7 @@ def test_a_part_that_cannot_be_done_is_none_and_says_why() -> None:
 
 
 def test_pictures_are_noised_until_answers_are_mixed_and_the_story_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    many = concepts.draw(24, classes=2, shots=1, size=28, seed=0)
+    many = concepts.draw(14, classes=2, shots=1, size=28, seed=0)
     monkeypatch.setattr(kv_story, "ENOUGH", 2)
     monkeypatch.setattr(kv_story, "STRENGTHS", (0.9,))
     found = examples_story(demo(), many, KVPlan(shares=False, most_shift=2), **QUIET)
@@ -75,7 +81,7 @@ def test_pictures_are_noised_until_answers_are_mixed_and_the_story_says_so(monke
     if found.prompts:
         assert "90 %" in found.prompts
         assert mixed(found.margin.correct)
-    monkeypatch.setattr(kv_story, "ENOUGH", 13)  # never
+    monkeypatch.setattr(kv_story, "ENOUGH", 8)  # never
     plain = examples_story(demo(), many, KVPlan(shares=False, most_shift=2), **QUIET)
     assert plain.prompts == ""
     assert plain.margin is not None
@@ -100,3 +106,40 @@ def test_the_cost_counts_prompts_and_grows_with_what_is_asked() -> None:
 def test_the_pool_holds_each_example_once() -> None:
     few = list(episodes()[:3])
     assert len(pool_of([*few, *few])) == sum(len(episode.shots) for episode in few)
+
+
+def test_the_planted_layer_moves_and_its_heads_hold_the_query_to_its_label() -> None:
+    planted = planted_induction(n_heads=4, seed=3)
+    found = examples_story(planted.model, toy_episodes(12, classes=3), KVPlan(most_shares=4), **QUIET)
+    assert found.notes == ()
+    assert found.margin is not None
+    assert set(found.margin["qk"].top(1)) <= set(planted.matching)
+    told = kv_told(found)
+    assert "in layer 1" in told[0]
+    assert "cannot be said: all 12 answers are right" in told[-1]
+    assert {block.id for block in kv_blocks(found)} == {"kv-shift", "kv-plane", "kv-answers", "kv-margin"}
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mllama"])  # shared keys and values with a norm on keys; no image span
+def test_other_families_have_a_story_and_figures(organism: Callable[..., Any], name: str) -> None:
+    model = HookedVLM(*organism(name), check=False)
+    found = examples_story(model, episodes()[:6], KVPlan(similarity=True, most_shares=3), **QUIET)
+    assert found.notes == ()
+    assert found.shift is not None
+    assert found.shift.measures["relative_l2"].shape[2] == model.cfg.n_key_value_heads
+    assert len(kv_blocks(found)) == 5
+
+
+def test_a_study_keeps_the_story_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    planted, asked = planted_induction(n_heads=4, seed=3), []
+
+    def told(model: Any, few: Any, **options: Any) -> KVStory:
+        asked.append([episode.id for episode in few])
+        return KVStory(None, None, None, None, "", ("nothing",))
+
+    monkeypatch.setattr(study, "examples_story", told)
+    few = toy_episodes(8, classes=2)
+    found = study.find_and_prove(planted.model, few, n_random=19, kv=True, **QUIET)
+    assert found.kv is not None
+    assert found.kv.notes == ("nothing",)
+    assert asked == [[episode.id for episode in [*few[1::2], *few[::2]]]]  # those that prove come first

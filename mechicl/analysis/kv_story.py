@@ -133,7 +133,7 @@ def _layers(model: Any, notes: list[str]) -> list[int] | None:
 
 
 def _shares(model: Any, few: Sequence[Episode], plan: KVPlan, layers: Sequence[int] | None, common: dict[str, Any]) -> FactorShares:
-    """The two-by-two experiment; "last token" and the query's image at least, where the plan names no spans of its own."""
+    """The two-by-two experiment; the instruction stands before the examples and cannot move."""
     spans = None if plan.spans is None else [span for span in plan.spans if span != "instruction"]
     return factor_shares(model, few, semantics=plan.semantics, format=plan.format, spans=spans, layers=layers, replicates=plan.replicates, n_permutations=PERMUTATIONS, **common)  # fmt: skip
 

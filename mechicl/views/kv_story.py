@@ -95,10 +95,10 @@ def shares_sentence(shares: FactorShares) -> str:
     told = []
     for part in shares.parts:
         found = [f"{source} {share(shares.pooled[part][source])}" for source in shares.sources if source in shares.pooled[part]]
-        told.append(f"of {part_words(part)} {_listed(found)}")
+        told.append(f"for {part_words(part)} {_listed(found)}")
     accuracy = [f"{name.replace('+', ' + ')} {100 * e.value:.0f}\u00a0%" for name, e in shares.accuracy.items()]
     return (
-        f"Over conditions ({' x '.join(shares.factors)}), the variation of the query's keys and values goes with these: {'; '.join(told)}. "
+        f"When the examples' {' and '.join(shares.factors)} are changed, this is what moves the query's keys and values: {'; '.join(told)}. "
         f"Right answers: {', '.join(accuracy)}; chance {100 * shares.chance:.0f}\u00a0%."
     )
 
