@@ -33,7 +33,7 @@ types: $(STAMP)
 	$(VENV)/bin/pyright
 
 bench: $(STAMP)
-	$(PY) -m benchmarks.hooks && $(PY) -m benchmarks.rows
+	$(PY) -m benchmarks.hooks && $(PY) -m benchmarks.rows && $(PY) -m benchmarks.patching --quick && $(PY) -m benchmarks.kv
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis dist build
