@@ -139,6 +139,8 @@ def _files(root: Path, place: Path, most: int | None, max_pixels: int, problems:
             problems.append(Problem("stranger", where, "no picture by its name"))
         elif within(root, where) is None:
             problems.append(Problem("escapes", where, "a link that leads out of the folder"))
+        elif not file.is_file():
+            problems.append(Problem("broken", where, "a link to nothing, or no file"))
         else:
             try:
                 open_picture(file, max_pixels=max_pixels)
