@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -106,6 +107,18 @@ def test_one_bad_prompt_costs_itself_only(organism: Callable[..., tuple[Any, Any
     assert found[0].text == good.answer
     assert not found[0].reason
     assert "instruction" in found[1].reason or "control" in found[1].reason
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_asked_in_halves(organism: Callable[..., tuple[Any, Any]]) -> None:
+    class Small(RuleModel):
+        def __call__(self, batch: Any, **options: Any) -> Any:
+            if len(set(batch.ids)) > 2:
+                raise torch.OutOfMemoryError("out of memory")
+            return super().__call__(batch, **options)
+
+    episodes = concepts.draw(5, classes=2, shots=1, size=28, seed=0)
+    found = ask(Small(HookedVLM(*organism("qwen2_5_vl"), check=False), follow), episodes, How())
+    assert [one.text for one in found] == [e.answer for e in episodes]
 
 
 def test_a_model_that_cannot_write_is_refused_and_nan_is_named(organism: Callable[..., tuple[Any, Any]]) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
+
 from mechicl.analysis.labels import LabelScore, indistinct, label_logprobs
 from mechicl.analysis.retrieval import REFUSALS
 from mechicl.errors import NotFiniteError, OptionError
@@ -118,7 +120,8 @@ class How:
 
 
 def ask(model: Any, episodes: Sequence[Episode], how: How) -> list[Asked]:
-    """Both answers to all prompts in one go, or, where that is refused, one by one, so that a bad prompt costs itself only.
+    """Both answers to all prompts in one go; where the device's memory is too small for that, in halves; where it is refused, one by one, so that a bad
+    prompt costs itself only.
 
     Raises:
         NotFiniteError: logits are NaN.
@@ -129,6 +132,11 @@ def ask(model: Any, episodes: Sequence[Episode], how: How) -> list[Asked]:
         if len(episodes) == 1:
             return [Asked(reason=str(error))]
         return [one for episode in episodes for one in ask(model, [episode], how)]
+    except torch.OutOfMemoryError:
+        if len(episodes) == 1:
+            raise
+    half = len(episodes) // 2  # outside of the except block, whose error would keep the tensors alive
+    return [*ask(model, episodes[:half], how), *ask(model, episodes[half:], how)]
 
 
 def _ask(model: Any, episodes: Sequence[Episode], how: How) -> list[Asked]:
