@@ -27,7 +27,7 @@ OWNERS = {
     "sklearn": {"data/digits.py", "analysis/trends.py"},
     "ruptures": {"analysis/change_points.py"},
     "statsmodels": {"analysis/mixed_effects.py", "analysis/statistics.py"},
-    "typer": {f"cli/{name}.py" for name in ("adapt", "app", "eval", "heads", "options", "patch", "report", "sweep", "train")},
+    "typer": {f"cli/{name}.py" for name in ("adapt", "app", "eval", "heads", "kv", "options", "patch", "report", "sweep", "train")},
     "ray": {"training/sweep_ray.py"},
     "peft": {"models/adapters.py"},
     "accelerate": {"training/adapt_loop.py"},
