@@ -91,7 +91,7 @@ print("keys moved by -1:", frame.loc[-1.0, ["change", "low", "high", "control"]]
 print("meaning or form:", table.verdict)
 claim = similar.comparisons[0]
 print("similar examples shift keys more, measured from a filler:", "yes" if claim.effect.low > 0 else "the opposite" if claim.effect.high < 0 else "not shown", claim.effect)
-print(*similar.notes, sep="\n")
+print(" ".join(similar.notes))
 assert frame.loc[-1.0, "high"] < frame.loc[-1.0, "control_low"]
 assert shift.n == len(episodes)""",
 ]
