@@ -124,7 +124,9 @@ def write_isekai(
     queries: int = 4,
     split: Split = "held_out",
 ) -> Path:
-    """Write a made-up set in the published format: ISEKAI-10.json, ISEKAI-pair.json, a folder of pictures for each category, and made.json, which says what is what.
+    """Write a made-up set in the published format.
+
+    ISEKAI-10.json, ISEKAI-pair.json, a folder of pictures for each category, and made.json, which says what is what.
 
     ISEKAI-10 asks every one of the first `pairs` unreal concepts against its real partner, ISEKAI-pair against every other of them. Queries of either side come
     in turn. The folders of pictures can also be read by `mechicl.data.class_folders`.
