@@ -9,6 +9,7 @@ import torch
 
 import mechicl
 from mechicl.data import concepts
+from mechicl.data.link_context import SENTENCES, link_prompt
 from mechicl.errors import CheckpointError, DeviceError, EpisodeError, NotFiniteError, OptionError, OutputPathError
 from mechicl.models.vlm import HookedVLM
 from mechicl.prompts.episode import Episode
@@ -59,7 +60,7 @@ def test_only_the_answer_counts_and_its_loss_is_transformers_own(family: str, or
     model, processor = organism(family)
     renderer = Renderer(processor, model.config)
     batch = renderer.render(concepts.draw(3, classes=2, shots=1, size=28, seed=1))
-    close = closing(batch, processor.tokenizer)
+    close = closing(renderer, batch.episodes[0])
     one = lesson(batch, close=close)
     for row in range(batch.n):
         wanted = [int(t) for t in one.labels[row] if t != IGNORED]
@@ -74,13 +75,14 @@ def test_only_the_answer_counts_and_its_loss_is_transformers_own(family: str, or
     assert float(mine) == pytest.approx(float(out.loss), abs=1e-5)  # float32, sums in another order
 
 
-def test_the_token_that_ends_an_answer_is_the_templates_own(organism: Any) -> None:
+def test_the_token_that_ends_an_answer_is_the_templates_own_whatever_the_episode(organism: Any) -> None:
     model, processor = organism("qwen2_5_vl")
     renderer = Renderer(processor, model.config)
-    batch = renderer.render(concepts.draw(2, classes=2, shots=1, size=28, seed=1))
-    assert processor.tokenizer.convert_ids_to_tokens(list(closing(batch, processor.tokenizer))) == ["<|im_end|>"]
-    bare = renderer.render([episode.without_shots() for episode in batch.episodes])
-    assert closing(bare, processor.tokenizer) == (processor.tokenizer.eos_token_id,)
+    episode = draw(1, 0)[0]
+    for one in (episode, episode.without_shots(), link_prompt(episode, SENTENCES)):
+        assert processor.tokenizer.convert_ids_to_tokens(list(closing(renderer, one))) == ["<|im_end|>"]
+    model, processor = organism("paligemma")  # no turns, no control token behind a label
+    assert closing(Renderer(processor, model.config), episode) == (processor.tokenizer.eos_token_id,)
 
 
 def test_a_step_is_that_of_plain_torch_by_hand(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.nn import functional
 from mechicl.errors import EpisodeError, OptionError
 from mechicl.prompts.batch import Batch
 from mechicl.prompts.episode import Episode, check_pictures
+from mechicl.prompts.form import PLAIN
 
 Source = Sequence[Episode] | Callable[[int, int], Sequence[Episode]]
 """Episodes: a list, gone through in a shuffled order, again and again; or a function (n, seed) -> n episodes."""
@@ -133,15 +134,20 @@ def lesson(batch: Batch, *, close: Sequence[int] = ()) -> Lesson:
     return Lesson(long.inputs, labels)
 
 
-def closing(batch: Batch, tokenizer: Any) -> tuple[int, ...]:
-    """The token that ends an answer in this model's prompts: the control token behind an exemplar's label, else the tokenizer's end of text."""
-    special = set(tokenizer.all_special_ids)
-    for i, row in enumerate(batch.spans):
-        ids = batch.inputs["input_ids"][i].tolist()
-        for span in row:
-            if span.role == "label" and span.stop < len(ids) and ids[span.stop] in special:
-                return (ids[span.stop],)
-    return (int(tokenizer.eos_token_id),) if tokenizer.eos_token_id is not None else ()
+def closing(renderer: Any, episode: Episode) -> tuple[int, ...]:
+    """The token that ends an answer in this model's prompts: the control token behind an exemplar's label, else the tokenizer's end of text.
+
+    Args:
+        renderer: The model's `Renderer`.
+        episode: Any episode: its query is rendered as an exemplar of itself, in turns.
+    """
+    batch = renderer.render([replace(episode, shots=(episode.query,), form=PLAIN)])
+    special, ids = set(renderer.tokenizer.all_special_ids), batch.inputs["input_ids"][0].tolist()
+    for span in batch.spans[0]:
+        if span.role == "label" and span.stop < len(ids) and ids[span.stop] in special:
+            return (ids[span.stop],)
+    end = renderer.tokenizer.eos_token_id
+    return () if end is None else (int(end),)
 
 
 def answer_loss(logits: Float[Tensor, "batch kept vocab"], labels: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:

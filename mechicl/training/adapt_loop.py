@@ -117,7 +117,7 @@ class Loop:
     def __init__(self, hf: Any, renderer: Renderer, feed: Feed, course: Course, run: Run, accelerator: Any) -> None:
         self.hf, self.renderer, self.feed, self.course, self.run, self.accelerator = hf, renderer, feed, course, run, accelerator
         self.step = 0
-        self.close: tuple[int, ...] | None = None
+        self.close = closing(renderer, feed.episode(0)) if course.close else ()
         if course.save_memory:
             hf.activation_checkpointing_enable({"use_reentrant": False})
         self.weights = dict(trainable(hf))
@@ -163,10 +163,7 @@ class Loop:
         made = []
         for at in range(0, mine, course.batch):
             for few in renderable(episodes[at : at + course.batch], self.renderer.model_type):
-                batch = self.renderer.render(few)
-                if self.close is None:
-                    self.close = closing(batch, self.renderer.tokenizer) if course.close else ()
-                made.append(lesson(batch, close=self.close))
+                made.append(lesson(self.renderer.render(few), close=self.close))
         return made
 
     def take_step(self) -> dict[str, float]:
