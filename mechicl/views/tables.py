@@ -73,11 +73,15 @@ def prompt_frame(view: PromptView) -> pd.DataFrame:
 
 
 def pattern_frame(view: PromptView, heads: Sequence[Head], positions: Sequence[int]) -> pd.DataFrame:
-    """One row per (head, dest, src) of the drawn tokens, the future left out."""
-    return pd.DataFrame(
-        [(name(h), d, s, view.tokens[d], view.tokens[s], round(float(view.patterns[h][d, s]), 4)) for h in heads for d in positions for s in positions if s <= d],
-        columns=["head", "dest", "src", "dest_token", "src_token", "attention"],
-    )  # fmt: skip
+    """One row per (head, dest, src) of the drawn tokens that gets a thousandth of a token's attention at least (the others would be most of a report's bytes)."""
+    rows = [
+        (name(h), d, s, view.tokens[d], view.tokens[s], round(float(view.patterns[h][d, s]), 4))
+        for h in heads
+        for d in positions
+        for s in positions
+        if s <= d
+    ]
+    return pd.DataFrame([row for row in rows if row[-1] >= 0.001], columns=["head", "dest", "src", "dest_token", "src_token", "attention"])  # fmt: skip
 
 
 def overlay_frame(rows: Sequence[OverlayRow]) -> pd.DataFrame:
