@@ -19,7 +19,7 @@ from mechicl.analysis.labels import predict
 from mechicl.analysis.link_answers import Asked, How, outcome
 from mechicl.analysis.link_eval import at_shots
 from mechicl.analysis.link_settings import Job, Setting, check_settings, collect
-from mechicl.analysis.statistics import holm, mean_estimate, paired_change, sign_flip_p, wilson
+from mechicl.analysis.statistics import N_BOOTSTRAP, holm, mean_estimate, paired_change, sign_flip_p, wilson
 from mechicl.data.words import pseudo_words
 from mechicl.errors import EpisodeError, OptionError
 from mechicl.prompts.episode import Episode
@@ -145,7 +145,8 @@ def link_or_prior(
     if not kept:
         raise EpisodeError(f"an episode must be askable with all numbers of shots; none of {len(ids)} is ({reasons[0]}). Change them.")
     rows = _rows(asked, [[answers[s.name, i] for i in kept] for s in settings], [renamed[i] for i in kept], generate, seed)
-    known = wilson([_chosen(answers["renamed 0", i], renamed[i], seed) == "prior" for i in kept])
+    right = np.array([_chosen(answers["renamed 0", i], renamed[i], seed) == "prior" for i in kept])
+    known = _over_names(right, [renamed[i].prior for i in kept], seed)
     return LinkPrior(
         rows=rows, how=how, known=known, crossing=_crossing([row for row in rows if row.names == "renamed"]), episode_ids=tuple(ids[i] for i in kept),
         links=tuple(renamed[i].link for i in kept), priors=tuple(renamed[i].prior for i in kept), n=len(kept),
@@ -190,6 +191,17 @@ def _chosen(answer: Asked, one: Renamed, seed: int) -> str:
     values = _values(answer, one)
     best = list(values)[int(predict(np.array([list(values.values())]), seed)[0][0])]
     return "link" if best == one.link else "prior" if best == one.prior else "other"
+
+
+def _over_names(right: np.ndarray, names: Sequence[str], seed: int) -> Estimate:
+    """A share with a bootstrap interval over names: episodes of one thing are no independent evidence that the model knows its name."""
+    different = list(dict.fromkeys(names))
+    rows = np.array([different.index(name) for name in names])
+    hits, many = np.bincount(rows, right.astype(float)), np.bincount(rows).astype(float)
+    k = len(different)
+    counts = np.random.default_rng(seed).multinomial(k, np.full(k, 1 / k), size=N_BOOTSTRAP)
+    low, high = np.quantile(counts @ hits / (counts @ many), (0.025, 0.975))
+    return Estimate(float(right.mean()), float(low), float(high), len(right), "probability", f"bootstrap over {k} names 95 %")
 
 
 def _crossing(rows: Sequence[LinkPriorRow]) -> float:

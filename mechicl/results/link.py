@@ -238,7 +238,8 @@ class LinkPrior:
 
     Attributes:
         how: Where new names come from: "swap", "outside" or "novel".
-        known: Share of queries that the model names rightly without any example, among the same candidates: without a prior there is nothing to win against.
+        known: Share of queries that the model names rightly without any example, among the same candidates: without a prior there is nothing to win
+            against. Its interval is over names, because episodes of one thing say the same.
         crossing: Shots at which the mean preference turns from the prior to the link, between two numbers of shots by straight line; NaN where it never does.
     """
 
