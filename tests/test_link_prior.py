@@ -10,14 +10,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+import mechicl
 from mechicl.analysis.link_prior import GREY, corrupt_labels, informative_position, label_corruption
 from mechicl.analysis.link_rename import link_or_prior, rename
 from mechicl.analysis.statistics import holm
 from mechicl.data import concepts
+from mechicl.data.compose import INSTRUCTION, QUESTION
+from mechicl.data.looks import class_ids
+from mechicl.data.words import pseudo_words
 from mechicl.errors import EpisodeError, OptionError
 from mechicl.models.vlm import HookedVLM
-from mechicl.prompts.episode import Episode
+from mechicl.prompts.episode import Episode, Shot
 from tests.conftest import unchecked
 from tests.link_cases import RuleModel, always_first, follow
 
@@ -216,3 +222,56 @@ def test_refusals(real: HookedVLM) -> None:
         rename([])
     with pytest.raises(OptionError, match="shots must be 0 or more"):
         link_or_prior(model, known()[0], shots=(-1,), progress=False)
+
+
+def named(ids: np.ndarray, names: dict[int, str], n: int, shots: int, draw: np.random.Generator) -> list[Episode]:
+    """Episodes of two known concepts under their fixed names, each pair asked about both, so that a liking for a name is worth nothing."""
+    found, few = [], ids[:2]
+    for k in range(n):
+        few = draw.choice(ids, 2, replace=False) if k % 2 == 0 else few
+        every = np.concatenate([draw.permutation(np.repeat(few, shots)), few[k % 2 : k % 2 + 1]])
+        pictures = concepts.draw_pictures(every, 28, draw)
+        made = [Shot(names[int(i)], (Image.fromarray(x),), item=str(i)) for i, x in zip(every, pictures, strict=True)]
+        candidates = tuple(names[int(i)] for i in few)
+        found.append(Episode(tuple(made[:-1]), made[-1], candidates, INSTRUCTION, QUESTION, id=str(k)))
+    return found
+
+
+def teach(model: HookedVLM, ids: np.ndarray, names: dict[int, str], steps: int) -> None:
+    """Fine-tune to name known concepts without examples, and other ones from examples."""
+
+    def loss(episodes: list[Episode]) -> torch.Tensor:
+        batch = model.render(episodes)
+        right = [list(few[i]) for few, i in zip(batch.candidate_ids, batch.answers, strict=True)]
+        logits = model(batch.append([ids[:-1] for ids in right]), positions=batch.query_pos[:, None] + torch.arange(2))
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(right).flatten())
+
+    draw = np.random.default_rng(0)
+    optimizer = torch.optim.AdamW(model.hf.parameters(), lr=5e-4)
+    model.hf.requires_grad_(True).train()
+    for step in range(steps):
+        other = concepts.draw(4, classes=2, shots=2, size=28, seed=1000 + step, split="train", syllables=(2, 2))
+        optimizer.zero_grad()
+        (loss(named(ids, names, 12, 0, draw)) + loss(other)).backward()
+        optimizer.step()
+    model.hf.eval()
+
+
+@pytest.mark.slow
+def test_the_bundled_model_taught_eight_names_has_a_prior_and_untaught_it_has_none() -> None:
+    model = mechicl.load("demo", check=False)
+    ids = np.random.default_rng(0).choice(class_ids("train"), 8, replace=False)
+    names = dict(zip(ids.tolist(), pseudo_words(8, 5, syllables=(2, 2)), strict=True))
+    episodes = named(ids, names, 32, 4, np.random.default_rng(99))
+    before = link_or_prior(model, episodes, shots=(1, 4), progress=False)
+    assert before.known.low <= 0.5
+    assert before.notes
+    teach(model, ids, names, 80)
+    after = link_or_prior(model, episodes, shots=(1, 4), progress=False)
+    assert after.known.low > 0.8
+    assert not after.notes
+    assert after.at(0).preference.high < 0
+    gain = after.at(4).gain
+    assert gain is not None
+    assert gain.low > 0  # examples move the answer towards the link
+    assert after.at(4, "true").prior.value > 0.8
