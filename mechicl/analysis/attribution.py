@@ -99,7 +99,7 @@ def attribute(
     """
     _check(steps, path, softmax, exact, layers_at_once, sites)
     job = prepare(model, clean, corrupt, sites, by, metric, direction, Selection(layers, heads, spans), align, "resume", batch_size)
-    patching._check_statistics(correction, n_permutations)
+    patching.check_statistics(correction, n_permutations)
     raw = {site: np.full((job.n, *plan.shape), np.nan) for site, plan in job.plans.items()}
     ends = {name: np.full(job.n, np.nan) for name in ("clean", "corrupt")}
     hooks = HookPoints.of(job.patches, layers_at_once, softmax == "exact")
@@ -115,10 +115,10 @@ def attribute(
                 raw[site][(rows, *patch.place)] = start + products.change(patch)
         bar.update(len(rows))
     bar.close()
-    notes = [*job.notes, *patching._gap(ends["clean"], ends["corrupt"], job.contrast.unit, seed)]
+    notes = [*job.notes, *patching.gap_between(ends["clean"], ends["corrupt"], job.contrast.unit, seed)]
     start = ends["corrupt" if direction == "denoise" else "clean"]
-    found = {site: patching._effects(site, plan, raw[site], ends, start, n_permutations, seed) for site, plan in job.plans.items()}
-    found, more = patching._correct(found, correction, job.n, n_permutations)
+    found = {site: patching.effects_of(site, plan, raw[site], ends, start, n_permutations, seed) for site, plan in job.plans.items()}
+    found, more = patching.correct_cells(found, correction, job.n, n_permutations)
     options = {"sites": list(job.plans), "by": by, "direction": direction, "metric": job.contrast.name, "steps": steps, "path": path, "softmax": softmax, "align": align,
                "correction": correction, "n_permutations": n_permutations, "batch_size": batch_size, "exact": exact, "pairs": job.how}  # fmt: skip
     shares = {site: e.value if direction == "denoise" else 1 - e.value for site, e in found.items()}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mechicl.analysis.metrics import Contrast, Metric, contrast
-from mechicl.analysis.patch_job import Given, _sides
+from mechicl.analysis.patch_job import Given, sides_of
 from mechicl.analysis.statistics import ratio_interval
 from mechicl.errors import OptionError
 from mechicl.prompts.align import Alignment, align
@@ -133,7 +133,7 @@ def score(model: Any, clean: Given, corrupt: Batch | Sequence[Episode] | None, m
         OptionError: no corrupt prompts.
         EpisodeError: the two sides are not as many prompts, or the metric can score no pair.
     """
-    clean, corrupt, how, skipped = _sides(model, clean, corrupt)
+    clean, corrupt, how, skipped = sides_of(model, clean, corrupt)
     found, rows, unscored, notes = contrast(metric, clean, corrupt)
     return Scored(clean, corrupt, found, tuple(rows), how, (*skipped, *unscored), tuple(notes))
 

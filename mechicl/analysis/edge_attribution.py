@@ -17,8 +17,8 @@ from mechicl.analysis.edge_gradients import CHUNK_BYTES, START, Run, between_lay
 from mechicl.analysis.feed import progress_bar, provenance
 from mechicl.analysis.metrics import Metric
 from mechicl.analysis.patch_job import Given
-from mechicl.analysis.patching import _gap
-from mechicl.analysis.paths import _graph
+from mechicl.analysis.patching import gap_between
+from mechicl.analysis.paths import graph_of
 from mechicl.analysis.through_softmax import Heads, Softmax, edges_through_softmax
 from mechicl.errors import OptionError
 from mechicl.models.edge_graph import EdgeGraph
@@ -92,7 +92,7 @@ def eap(
         episodes, always beside exact runs.
     """
     way, start = _checked(method, direction, steps, exact, batch_size, softmax, by_span)
-    whole = _graph(model)
+    whole = graph_of(model)
     graph = replace(whole, mlps=whole.mlps and mlps)
     pairs = score(model, clean, corrupt, metric)
     spans = list(span_groups(pairs.clean)) if by_span else []
@@ -100,7 +100,7 @@ def eap(
     ends = (found.start, found.other) if start == "noise" else (found.other, found.start)
     possible = graph.possible.T
     raw = np.where(possible, found.raw, np.nan)
-    notes = (*pairs.notes, *_gap(*ends, pairs.contrast.unit, seed))
+    notes = (*pairs.notes, *gap_between(*ends, pairs.contrast.unit, seed))
     value, low, high = share_interval(raw, ends[0] - ends[1], seed=seed)
     options = {
         "method": way,

@@ -12,7 +12,7 @@ from torch import Tensor
 from mechicl.analysis.differentiable import Part, Scored, parts
 from mechicl.analysis.edge_gradients import START, Run, between_layers, two_runs, written
 from mechicl.analysis.feed import progress_bar
-from mechicl.analysis.paths import _graph
+from mechicl.analysis.paths import graph_of
 from mechicl.errors import OptionError
 from mechicl.models import streams
 from mechicl.models.resume import Cell, Recorded, record, run_cells
@@ -43,7 +43,7 @@ def edges_exactly(
     """
     if bad := [edge for edge in edges if not feeds(edge.sender, edge.receiver)]:
         raise OptionError(f"edges must run from a sender to a later receiver; got {bad[0].name}. See mechicl.results.nodes.edges.")
-    graph, found = _graph(model), []
+    graph, found = graph_of(model), []
     bar = progress_bar(None, total=pairs.n, what="edges run exactly", show=progress)
     for part in parts(model, pairs, direction, batch_size):
         run = two_runs(model, part, graph)

@@ -142,7 +142,7 @@ def label_logprobs(
             raise NotFiniteError(
                 f"logits must be finite; got NaN or infinity in episodes {who}. Use float32 or bfloat16, and check the weights."
             )
-        found.append(_answers(batch, values, normaliser, blocks))
+        found.append(answers_of(batch, values, normaliser, blocks))
     return found
 
 
@@ -155,7 +155,7 @@ def _shared(model: Any, batch: Batch, blocks: int, copies: int) -> Tensor | None
     return None if found is None else found.flatten(0, 2)
 
 
-def _can_share(model: Any, data: Data) -> bool:
+def can_share(model: Any, data: Data) -> bool:
     """Whether the model can run a prompt once for all its candidates, tried on the first one."""
     if getattr(model, "continue_prompts", None) is None:
         return False
@@ -164,7 +164,7 @@ def _can_share(model: Any, data: Data) -> bool:
     return blocks == 1 or _shared(model, batch, blocks, 1) is not None
 
 
-def _answers(batch: Batch, logits: Tensor, normaliser: Tensor, blocks: int) -> Answers:
+def answers_of(batch: Batch, logits: Tensor, normaliser: Tensor, blocks: int) -> Answers:
     """logits [blocks * batch, length, vocab] -> log-probabilities of the candidates."""
     n, length, width = batch.n, logits.shape[1], max(len(row) for row in batch.candidate_ids)
     tokens, known = torch.zeros(width, n, length, dtype=torch.long), torch.zeros(width, n, length, dtype=torch.bool)
@@ -248,7 +248,7 @@ def answer(
     """
     switches = switches or Switches.none()
     n, widest = len(data), max(len(row) for row in (data.candidates if isinstance(data, Batch) else [e.candidates for e in data]))
-    share = switches.shareable and score != "first_token" and _can_share(model, data)
+    share = switches.shareable and score != "first_token" and can_share(model, data)
     size = max(switches.least, batch_size // (1 if share or score == "first_token" else widest), 1)
     found: list[list[Answers]] = [[] for _ in switches.sets]
     keys, reasons, seen = [], [], 0

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechicl.analysis.labels import _answers, margins, n_blocks, widen
+from mechicl.analysis.labels import answers_of, margins, n_blocks, widen
 from mechicl.analysis.margin_read import Keys, exemplar_tokens
 from mechicl.errors import EmptySpanError
 from mechicl.models.resume import Cell, record, run_cells
@@ -136,7 +136,7 @@ class Pushed:
     def _read(self, logits: Tensor) -> np.ndarray:
         """Right label minus the best wrong one, nats, [batch]."""
         values = logits.float()
-        return margins(_answers(self.batch, values, values.logsumexp(-1), self.blocks).total, np.array(self.batch.answers))
+        return margins(answers_of(self.batch, values, values.logsumexp(-1), self.blocks).total, np.array(self.batch.answers))
 
 
 def _scaled(push: Push, dose: float) -> Push:

@@ -150,7 +150,7 @@ def prepare(
     if batch_size < 1:
         raise OptionError(f"batch_size must be at least 1; got {batch_size}. Choose how many prompts go through the model at once.")
     sites = (sites,) if isinstance(sites, str) else tuple(sites)
-    first, second, how, skipped = _sides(model, clean, corrupt)
+    first, second, how, skipped = sides_of(model, clean, corrupt)
     measured, rows, unscored, notes = contrast(metric, first, second)
     if len(rows) < first.n:
         first, second = first.select(rows), second.select(rows)
@@ -178,7 +178,7 @@ def prepare(
     )
 
 
-def _sides(model: Any, clean: Given, corrupt: Any) -> tuple[Batch, Batch, str, tuple[Skipped, ...]]:
+def sides_of(model: Any, clean: Given, corrupt: Any) -> tuple[Batch, Batch, str, tuple[Skipped, ...]]:
     """Clean and corrupt prompts, how they were made, and what was left out."""
     if isinstance(clean, Pairs):
         if corrupt is not None:

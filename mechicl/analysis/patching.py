@@ -92,14 +92,14 @@ def patch(
         CheckpointError, OutputPathError: `out` holds another sweep, or cannot be written.
     """
     job = prepare(model, clean, corrupt, sites, by, metric, direction, Selection(layers, heads, spans), align, engine, batch_size)
-    _check_statistics(correction, n_permutations)
+    check_statistics(correction, n_permutations)
     store = None if out is None else Store(out, job.asked())
     raw = _run(job, store, progress)
     ends, unit = {name: raw[name][:, 0] for name in ("clean", "corrupt")}, job.contrast.unit
-    notes = [*job.notes, *_gap(ends["clean"], ends["corrupt"], unit, seed)]
+    notes = [*job.notes, *gap_between(ends["clean"], ends["corrupt"], unit, seed)]
     start = ends["corrupt" if direction == "denoise" else "clean"]
-    found = {site: _effects(site, job.plans[site], raw[site], ends, start, n_permutations, seed) for site in job.plans}
-    found, more = _correct(found, correction, job.n, n_permutations)
+    found = {site: effects_of(site, job.plans[site], raw[site], ends, start, n_permutations, seed) for site in job.plans}
+    found, more = correct_cells(found, correction, job.n, n_permutations)
     options = {"sites": list(job.plans), "by": by, "direction": direction, "metric": job.contrast.name, "align": align, "correction": correction,
                "n_permutations": n_permutations, "engine": engine, "batch_size": batch_size, "pairs": job.how}  # fmt: skip
     result = PatchEffects(
@@ -135,7 +135,8 @@ def cost(
     return job.cost()[0]
 
 
-def _check_statistics(correction: str, n_permutations: int) -> None:
+def check_statistics(correction: str, n_permutations: int) -> None:
+    """Raises OptionError for a correction that does not exist, or no permutation."""
     if correction not in get_args(Correction):
         raise OptionError(f"correction must be one of {', '.join(get_args(Correction))}; got {correction!r}. holm is the stricter.")
     if n_permutations < 1:
@@ -158,7 +159,7 @@ def _run(job: Job, store: Store | None, progress: bool) -> dict[str, np.ndarray]
         for rows in parts:
             if np.isnan(raw["clean"][rows]).any():
                 _keep_ends(job.ends(rows), rows, raw, store)
-        _gap(raw["clean"][:, 0], raw["corrupt"][:, 0], job.contrast.unit, 0)
+        gap_between(raw["clean"][:, 0], raw["corrupt"][:, 0], job.contrast.unit, 0)
     bar = progress_bar(None, total=total, what="patching", show=progress)
     for rows in parts:
         recorded: Recorded | None = None
@@ -183,7 +184,7 @@ def _begin(job: Job, rows: Sequence[int], raw: Mapping[str, np.ndarray], store: 
     if np.isnan(raw["clean"][rows]).any():
         _keep_ends((recorded.clean, recorded.corrupt), rows, raw, store)
         if len(rows) == job.n:
-            _gap(recorded.clean, recorded.corrupt, job.contrast.unit, 0)
+            gap_between(recorded.clean, recorded.corrupt, job.contrast.unit, 0)
     return recorded
 
 
@@ -204,7 +205,7 @@ def print_cost(estimate: PatchCost, write: Callable[[str], None] | None = None) 
         tqdm.write(f"patching: {estimate}", file=sys.stderr)  # it is no result
 
 
-def _gap(clean: np.ndarray, corrupt: np.ndarray, unit: str, seed: int) -> list[str]:
+def gap_between(clean: np.ndarray, corrupt: np.ndarray, unit: str, seed: int) -> list[str]:
     """Notes on the distance between the runs.
 
     Raises:
@@ -226,9 +227,10 @@ def _gap(clean: np.ndarray, corrupt: np.ndarray, unit: str, seed: int) -> list[s
     return []
 
 
-def _effects(
+def effects_of(
     site: str, made: SitePlan, raw: np.ndarray, ends: Mapping[str, np.ndarray], start: np.ndarray, n_permutations: int, seed: int
 ) -> SiteEffects:
+    """One site's table from the raw metric of its cells [batch, *axes] and of the two runs."""
     clean, corrupt = ends["clean"], ends["corrupt"]
     column = (slice(None), *(None,) * (raw.ndim - 1))
     gap = clean - corrupt
@@ -239,7 +241,7 @@ def _effects(
     return SiteEffects(site, made.axes, made.coords, above.mean(0) / gap.mean(), low, high, p, np.full_like(p, np.nan), raw)
 
 
-def _correct(
+def correct_cells(
     found: dict[str, SiteEffects], correction: Correction, n: int, n_permutations: int
 ) -> tuple[dict[str, SiteEffects], list[str]]:
     """p corrected over all cells of all sites."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mechicl.analysis.feed import progress_bar, provenance
 from mechicl.analysis.metrics import Metric, contrast
-from mechicl.analysis.patching import Correction, _gap
+from mechicl.analysis.patching import Correction, gap_between
 from mechicl.analysis.path_runs import Freeze, Runs, behind_norm
 from mechicl.analysis.statistics import benjamini_hochberg, holm, ratio_interval, sign_flip_p
 from mechicl.errors import EpisodeError, OptionError
@@ -87,7 +87,7 @@ def path_patch(
     Source:
         Wang et al. 2023 (path patching), Goldowsky-Dill et al. 2023. Differs: intervals, permutation p; the strict edge is the default.
     """
-    graph = _graph(model)
+    graph = graph_of(model)
     direction, frozen = _choice("direction", direction, Direction), _choice("freeze", freeze, Freeze)
     correction = _choice("correction", correction, Correction)
     if batch_size < 1 or n_permutations < 1:
@@ -119,7 +119,7 @@ def path_patch(
     options = {"direction": direction, "metric": measured.name, "freeze": freeze, "spans": spans, "correction": correction, "n_permutations": n_permutations,
                "batch_size": batch_size, "pairs": how}  # fmt: skip
     raw, (is_clean, is_corrupt) = np.concatenate(raws), [np.concatenate([pair[k] for pair in ends]) for k in (0, 1)]
-    notes += _gap(is_clean, is_corrupt, measured.unit, seed)
+    notes += gap_between(is_clean, is_corrupt, measured.unit, seed)
     least = max(1 / (n_permutations + 1), 2.0 ** (1 - len(raw)))
     if correction == "holm" and least * edges > 0.05:
         notes.append(
@@ -162,7 +162,7 @@ def _statistics(
     return above.mean(0) / gap.mean(), low, high, p
 
 
-def _graph(model: Any) -> EdgeGraph:
+def graph_of(model: Any) -> EdgeGraph:
     """The model's graph; also of a family with a norm (but no gate) between heads and stream, which other methods of edges refuse."""
     layers, cfg = range(model.cfg.n_layers), model.cfg
     if getattr(model, "not_additive", "") and all(

@@ -10,7 +10,7 @@ import numpy as np
 
 from mechicl.analysis.feed import Data, batches, check_data, ids_of, progress_bar, provenance, rehearse
 from mechicl.analysis.icl import mark, usable, zero_shot_control
-from mechicl.analysis.labels import Answers, Key, LabelScore, _can_share, check_score, indistinct, label_logprobs, n_blocks, widen
+from mechicl.analysis.labels import Answers, Key, LabelScore, can_share, check_score, indistinct, label_logprobs, n_blocks, widen
 from mechicl.analysis.span_blocks import Cells, cells, check_name, random_cells
 from mechicl.analysis.statistics import holm, mcnemar_p, mean_estimate, paired_change, permutation_p
 from mechicl.errors import EmptySpanError, OptionError, UnsupportedModelError
@@ -186,7 +186,7 @@ def _run(
     """The intact answers; the key; why an episode cannot be scored. The rows keep theirs."""
     names, n = ids_of(data), len(data)
     widest = max(len(row) for row in (data.candidates if isinstance(data, Batch) else [e.candidates for e in data]))
-    share = score != "first_token" and _can_share(model, data)
+    share = score != "first_token" and can_share(model, data)
     size = max(batch_size // (1 if share or score == "first_token" else widest), 1)
     intact: list[Answers] = []
     keys, reasons, seen = [], [], 0

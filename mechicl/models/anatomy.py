@@ -132,7 +132,7 @@ def vision_layers(hf: nn.Module, decoder: nn.ModuleList) -> tuple[nn.Module, ...
 
 
 @dataclass
-class _Recording:
+class Recording:
     """What went in and out of the recorded modules, in order of the calls."""
 
     inputs: dict[int, Tensor] = field(default_factory=dict)
@@ -151,8 +151,9 @@ class _Recording:
             self.outputs[id(module)] = left.detach().clone()
 
 
-def _record(hf: nn.Module, layers: nn.ModuleList, run: Callable[[], Any], configs: list[Any]) -> _Recording:
-    recording = _Recording()
+def record_pass(hf: nn.Module, layers: nn.ModuleList, run: Callable[[], Any], configs: list[Any]) -> Recording:
+    """Run the model once and keep what went into and came out of every module of the decoder's layers."""
+    recording = Recording()
     inside = {id(m) for m in layers.modules()}
 
     def handler(call: AttentionCall) -> Tensor:
@@ -184,7 +185,7 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def _projection(
-    recording: _Recording, modules: list[nn.Module], n_heads: int, d_head: int, value: Tensor | None = None
+    recording: Recording, modules: list[nn.Module], n_heads: int, d_head: int, value: Tensor | None = None
 ) -> Projection | None:
     """The last of `modules` whose output carries [batch, pos, head, d_head]; it must equal `value` [batch, head, pos, d_head] if given."""
     for module in reversed(modules):
@@ -209,7 +210,7 @@ def _projection(
     return None
 
 
-def _inspect_attention(recording: _Recording, attention: nn.Module, call: AttentionCall) -> dict[str, Any]:
+def _inspect_attention(recording: Recording, attention: nn.Module, call: AttentionCall) -> dict[str, Any]:
     """The projections of one attention module."""
     names = {id(m): name for name, m in attention.named_modules()}
     called = [m for m in recording.order if id(m) in names and m is not attention]
@@ -243,7 +244,7 @@ def _inspect_attention(recording: _Recording, attention: nn.Module, call: Attent
     }  # fmt: skip
 
 
-def _inspect_layer(recording: _Recording, block: nn.Module) -> LayerAnatomy:
+def _inspect_layer(recording: Recording, block: nn.Module) -> LayerAnatomy:
     """One layer: sublayers found by which sums hold."""
     attention = next((m for m in block.modules() if id(m) in recording.calls), None)
     found: dict[str, Any] = {"reasons": {}}
@@ -281,7 +282,7 @@ def _inspect_layer(recording: _Recording, block: nn.Module) -> LayerAnatomy:
     return LayerAnatomy(block=block, reasons=reasons, **found)
 
 
-def inspect(hf: Any, run: Callable[[], Any]) -> tuple[Anatomy, _Recording]:
+def inspect(hf: Any, run: Callable[[], Any]) -> tuple[Anatomy, Recording]:
     """Find every part.
 
     Args:
@@ -298,7 +299,7 @@ def inspect(hf: Any, run: Callable[[], Any]) -> tuple[Anatomy, _Recording]:
         }.values()
     )
     configs = [c for c in configs if hasattr(c, "_attn_implementation")]
-    recording = _record(hf, layers, run, configs)
+    recording = record_pass(hf, layers, run, configs)
     if not recording.calls:
         raise UnsupportedModelError(
             f"model must call transformers' attention interface; {type(hf).__name__} never did. Its attention is written inline: use nnsight instead."

@@ -23,7 +23,7 @@ from mechicl.models.resume_full import run_in_full
 from mechicl.models.resume_memory import out_of_memory
 from mechicl.models.resume_run import Edit, Pass, row_edit
 from mechicl.models.resume_toy import record_toy
-from mechicl.models.toy import ToyTransformer, _inputs
+from mechicl.models.toy import ToyTransformer, inputs_of
 
 __all__ = ["Cell", "Recorded", "passes", "record", "run_cells"]
 
@@ -169,4 +169,4 @@ def _table(where: Tensor | None, n: int) -> Tensor:
 
 
 def _n_prompts(model: Any, batch: Any) -> int:
-    return model._mask(_inputs(batch)).shape[0]
+    return model._mask(inputs_of(batch)).shape[0]

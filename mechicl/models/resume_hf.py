@@ -21,7 +21,7 @@ from mechicl.models.attention import AttentionCall, fused
 from mechicl.models.hooked import HookPoint, active
 from mechicl.models.resume_attention import KeysValues, attend, below, per_row
 from mechicl.models.resume_run import Pass, Runner
-from mechicl.models.wiring import ATTENTION_ONLY, Wiring, _hooked_attention
+from mechicl.models.wiring import ATTENTION_ONLY, Wiring, hooked_attention
 
 Roles = Mapping[str, tuple[str, ...]]
 """Path of an argument -> what each of its axes is: "batch", "pos" or "other"."""
@@ -130,10 +130,10 @@ class VLMRunner(Runner):
                 x = self._point(at + "hook_resid_mid", x)
         else:
             x = self._point(at + "hook_resid_mid", x)
-        return self._point(at + "hook_resid_post", x + streams._mlp(part, x))
+        return self._point(at + "hook_resid_post", x + streams.run_mlp(part, x))
 
     def unembed(self, x: Tensor) -> Tensor:
-        return streams.finish(self.model, streams._head(self.model, x))
+        return streams.finish(self.model, streams.run_head(self.model, x))
 
     def enters_inside(self, layer: int) -> bool:
         part = self.model.anatomy.layers[layer]
@@ -151,7 +151,7 @@ class VLMRunner(Runner):
         """The registered attention function while a pass runs."""
         assert self._job is not None
         if part.cross:
-            return _hooked_attention(call, points, None) if any(points.values()) else fused(call)
+            return hooked_attention(call, points, None) if any(points.values()) else fused(call)
         query, key = call.query, call.key
         if (point := points["rot_q"]) is not None:
             query = point(query.transpose(1, 2)).transpose(1, 2)
@@ -179,7 +179,7 @@ class VLMRunner(Runner):
         elif mask is not None and mask.shape[0] not in (1, len(query)):
             mask = per_row(mask, len(query) // len(mask))
         whole = AttentionCall(call.module, query, keys, values, mask, call.scaling, False, call.terms, {**call.kwargs, "is_causal": False})
-        return _hooked_attention(whole, {**points, "rot_q": None, "rot_k": None}, None) if listens else fused(whole)
+        return hooked_attention(whole, {**points, "rot_q": None, "rot_k": None}, None) if listens else fused(whole)
 
     def _arranged(self, path: str, value: Any) -> Any:
         """An argument for the running pass: its positions, its copies. The same tensor is arranged once for all layers."""

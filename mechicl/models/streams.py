@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from mechicl.errors import OptionError, UnsupportedModelError
 from mechicl.models import toy_fast
-from mechicl.models.anatomy import LayerAnatomy, Projection, _record, _Recording, decoder_layers
+from mechicl.models.anatomy import LayerAnatomy, Projection, Recording, decoder_layers, record_pass
 from mechicl.models.check import check_inputs_for, tolerance
 from mechicl.models.toy import ToyTransformer
-from mechicl.models.weights import _linear
+from mechicl.models.weights import linear_of
 
 Kind = Literal["q", "k", "v"]
 Piece = Literal["q", "k", "v", "heads", "mlp", "unembed"]
@@ -84,7 +84,7 @@ def mlp(model: Any, layer: int, stream: Float[Tensor, "batch pos d_model"]) -> F
     if isinstance(model, ToyTransformer):
         block = model.blocks[layer]
         return toy_fast._feed(block.mlp, block.ln2, stream)  # type: ignore[union-attr, arg-type]
-    return _mlp(model.anatomy.layers[layer], stream)
+    return run_mlp(model.anatomy.layers[layer], stream)
 
 
 def unembed(model: Any, stream: Float[Tensor, "batch n d_model"]) -> Float[Tensor, "batch n vocab"]:
@@ -102,7 +102,7 @@ def unembed(model: Any, stream: Float[Tensor, "batch n d_model"]) -> Float[Tenso
             stream = torch.relu(stream @ getattr(part, f"W_{k}") + getattr(part, f"b_{k}"))
         return stream @ part.W_U
     _able(model, model.cfg.n_layers, "unembed")
-    return finish(model, _head(model, stream))
+    return finish(model, run_head(model, stream))
 
 
 def has_mlp(model: Any, layer: int) -> bool:
@@ -148,7 +148,7 @@ def _toy_norm(norm: Any, x: Tensor) -> Tensor:
 
 
 def _project(part: LayerAnatomy, kind: str, normed: Tensor) -> Tensor:
-    linear, n_heads, d_head = _linear(part, kind)
+    linear, n_heads, d_head = linear_of(part, kind)
     projection: Projection = getattr(part, kind)
     out = linear(normed)
     if projection.module is linear:
@@ -158,7 +158,8 @@ def _project(part: LayerAnatomy, kind: str, normed: Tensor) -> Tensor:
     return projection.module(out.unflatten(-1, (n_heads, d_head)))  # over each head's own coordinates, whatever the layout
 
 
-def _mlp(part: LayerAnatomy, stream: Tensor) -> Tensor:
+def run_mlp(part: LayerAnatomy, stream: Tensor) -> Tensor:
+    """What the layer's MLP adds to the stream, by the model's own modules, unchecked."""
     assert part.ln2 is not None
     assert part.mlp_out is not None
     inner = part.ln2(stream)
@@ -171,7 +172,8 @@ def _first(x: Any) -> Tensor:
     return x if isinstance(x, Tensor) else x[0]
 
 
-def _head(model: Any, stream: Tensor) -> Tensor:
+def run_head(model: Any, stream: Tensor) -> Tensor:
+    """The final norm and the unembedding, unchecked and without what `finish` adds."""
     norm = model.anatomy.final_norm
     return model.anatomy.unembed(stream if norm is None else norm(stream))
 
@@ -191,7 +193,7 @@ def _examine(model: Any) -> Pieces:
     def run() -> None:
         seen["logits"] = model.hf(**inputs, use_cache=False).logits
 
-    recording = _record(model.hf, decoder_layers(model.hf), run, list(model.anatomy.configs))
+    recording = record_pass(model.hf, decoder_layers(model.hf), run, list(model.anatomy.configs))
     pieces, limit = Pieces(), tolerance(model.hf.dtype)
     for layer, part in enumerate(model.anatomy.layers):
         for piece, check in (("q", _check_read), ("k", _check_read), ("v", _check_read), ("heads", _check_heads), ("mlp", _check_mlp)):
@@ -215,7 +217,7 @@ def _differs(given: Callable[[], Tensor], expected: Tensor | None, limit: float,
     return "" if off <= limit else f"{what} called by itself differs from the model's own by {off:.2g} of its spread"
 
 
-def _check_read(model: Any, layer: int, part: LayerAnatomy, piece: Any, recording: _Recording, limit: float) -> str:
+def _check_read(model: Any, layer: int, part: LayerAnatomy, piece: Any, recording: Recording, limit: float) -> str:
     projection: Projection | None = getattr(part, piece)
     if projection is None:
         return part.reasons.get(f"attn.hook_{piece}", "the layer has no softmax attention")
@@ -231,7 +233,7 @@ def _check_read(model: Any, layer: int, part: LayerAnatomy, piece: Any, recordin
     return _differs(again, projection.split(out), limit, piece)
 
 
-def _check_heads(model: Any, layer: int, part: LayerAnatomy, piece: Any, recording: _Recording, limit: float) -> str:
+def _check_heads(model: Any, layer: int, part: LayerAnatomy, piece: Any, recording: Recording, limit: float) -> str:
     if part.attention is None or part.o_proj is None:
         return part.reasons.get("attn.hook_z", "the layer has no softmax attention")
     if not part.additive:
@@ -246,16 +248,16 @@ def _check_heads(model: Any, layer: int, part: LayerAnatomy, piece: Any, recordi
     return _differs(again, out, limit, "the sum of the heads")
 
 
-def _check_mlp(model: Any, layer: int, part: LayerAnatomy, piece: Any, recording: _Recording, limit: float) -> str:
+def _check_mlp(model: Any, layer: int, part: LayerAnatomy, piece: Any, recording: Recording, limit: float) -> str:
     if part.mlp_out is None or part.ln2 is None:
         return part.reasons.get("hook_mlp_out", "the layer has no MLP")
     entered = recording.inputs.get(id(part.ln2))
     if entered is None:
         return "the layer was not reached by the prompt that pieces are checked on"
-    return _differs(lambda: _mlp(part, entered), recording.outputs.get(id(part.mlp_out)), limit, "the MLP")
+    return _differs(lambda: run_mlp(part, entered), recording.outputs.get(id(part.mlp_out)), limit, "the MLP")
 
 
-def _check_end(model: Any, recording: _Recording, logits: Tensor, pieces: Pieces, limit: float) -> None:
+def _check_end(model: Any, recording: Recording, logits: Tensor, pieces: Pieces, limit: float) -> None:
     """Find what follows the unembedding, and hold norm and unembedding against the model's logits."""
     last = model.cfg.n_layers
     final = recording.outputs.get(id(model.anatomy.layers[-1].block))
@@ -271,7 +273,7 @@ def _check_end(model: Any, recording: _Recording, logits: Tensor, pieces: Pieces
             pieces.scale = float((raw.double() * logits.double()).sum() / raw.double().pow(2).sum())
 
     def again() -> Tensor:
-        out = _head(model, final)
+        out = run_head(model, final)
         return torch.tanh(out / pieces.cap) * pieces.cap if pieces.cap is not None else out * pieces.scale
 
     if reason := _differs(again, logits, limit, "the unembedding"):

@@ -152,7 +152,7 @@ class ToyTransformer(ToyWeights, Hooked):
 
     def _run(self, batch: Given, keep: Any = None) -> tuple[Tensor, list[Any]]:
         """The stream after the last block, and for each layer what `keep(layer, pattern)` returned."""
-        inputs = _inputs(batch)
+        inputs = inputs_of(batch)
         mask = self._mask(inputs)
         n_pos = mask.shape[1]
         place = (mask.long().cumsum(1) - 1).clamp_min(0)
@@ -248,11 +248,11 @@ class ToyTransformer(ToyWeights, Hooked):
     def _last(self, batch: Given) -> Tensor:
         if isinstance(batch, Batch):
             return batch.query_pos.to(self.device)[:, None]
-        mask = self._mask(_inputs(batch))
+        mask = self._mask(inputs_of(batch))
         return (mask.shape[1] - 1 - mask.flip(1).argmax(1))[:, None]
 
     def _checked(self, batch: Any, positions: Any) -> Tensor:
-        n_pos = self._mask(_inputs(batch)).shape[1]
+        n_pos = self._mask(inputs_of(batch)).shape[1]
         where = torch.as_tensor(positions, device=self.device)
         if where.numel() == 0 or int(where.max()) >= n_pos or int(where.min()) < -n_pos:
             raise OptionError(f"positions must be in 0..{n_pos - 1} (or negative, from the end); got {positions}. Count padding too.")
@@ -329,7 +329,7 @@ def second_positions(n_pos: int, n_second: int) -> list[int]:
     return [*range(1, 3 * (n_second - 1), 3), n_pos - 1]
 
 
-def _inputs(batch: Given) -> Mapping[str, Any]:
+def inputs_of(batch: Given) -> Mapping[str, Any]:
     if isinstance(batch, Tensor):
         return {"inputs_embeds" if batch.is_floating_point() else "input_ids": batch}
     return batch.inputs if isinstance(batch, Batch) else batch

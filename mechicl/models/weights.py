@@ -14,7 +14,12 @@ from mechicl.errors import OptionError, UnsupportedModelError
 from mechicl.models.anatomy import LayerAnatomy, Projection
 
 
-def _linear(part: LayerAnatomy, letter: str) -> tuple[nn.Linear, int, int]:
+def linear_of(part: LayerAnatomy, letter: str) -> tuple[nn.Linear, int, int]:
+    """The linear map of queries, keys or values, its number of heads and their width.
+
+    Raises:
+        UnsupportedModelError: there is none; says why.
+    """
     projection: Projection | None = getattr(part, letter)
     if projection is None or part.attention is None:
         raise UnsupportedModelError(
@@ -30,12 +35,12 @@ def _linear(part: LayerAnatomy, letter: str) -> tuple[nn.Linear, int, int]:
 
 
 def _in(part: LayerAnatomy, letter: str) -> Tensor:
-    linear, n_heads, d_head = _linear(part, letter)
+    linear, n_heads, d_head = linear_of(part, letter)
     return linear.weight.view(n_heads, d_head, -1).transpose(1, 2)
 
 
 def _bias(part: LayerAnatomy, letter: str) -> Tensor:
-    linear, n_heads, d_head = _linear(part, letter)
+    linear, n_heads, d_head = linear_of(part, letter)
     bias = linear.bias if linear.bias is not None else linear.weight.new_zeros(n_heads * d_head)
     return bias.view(n_heads, d_head)
 

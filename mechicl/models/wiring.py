@@ -213,7 +213,7 @@ class Wiring:
             return None
         if not any(points.values()):
             return extra
-        return lambda call: _hooked_attention(call, points, extra)
+        return lambda call: hooked_attention(call, points, extra)
 
 
 def _through(projection: Projection, point: HookPoint) -> Callable[[Tensor], Tensor]:
@@ -227,7 +227,8 @@ def _through(projection: Projection, point: HookPoint) -> Callable[[Tensor], Ten
     return pass_
 
 
-def _hooked_attention(call: AttentionCall, points: Mapping[str, HookPoint | None], extra: Handler | None) -> Tensor:
+def hooked_attention(call: AttentionCall, points: Mapping[str, HookPoint | None], extra: Handler | None) -> Tensor:
+    """The heads' output of one call with hook points fed; fused where neither scores nor pattern are asked for."""
     check_terms(call)
     query, key = call.query, call.key
     for name, given in (("rot_q", query), ("rot_k", key)):
