@@ -11,19 +11,27 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 ELSEWHERE = ("anchored", "attribution", "sweeps", "toys")
 """Pages whose Python other tests run, with assertions of their own."""
+LONG = ("adapt",)
+"""Pages whose Python trains for many minutes: it must compile; tests/test_adapt_runs.py makes the same calls at a small scale."""
 
 
 def blocks(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p) and p.stem not in ELSEWHERE], ids=lambda p: p.stem)
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p) and p.stem not in (*ELSEWHERE, *LONG)], ids=lambda p: p.stem)
 def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     space: dict[str, object] = {}
     with contextlib.redirect_stdout(io.StringIO()):
         for block in blocks(page):
             exec(compile(block, page.name, "exec"), space)
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long_python_compiles(name: str) -> None:
+    for block in blocks(ROOT / "docs" / f"{name}.md"):
+        compile(block, name, "exec")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
