@@ -28,8 +28,7 @@ def test_a_notebook_runs(path: Path, tmp_path: Path) -> None:
     book = nbformat.read(path, as_version=4)
     code = "".join(cell.source for cell in book.cells)
     missing = [name for name in re.findall(r"0\d_\w+(?=\.parquet)", code) if not (ROOT / "results" / f"{name}.parquet").exists()]
-    if missing:
-        pytest.skip(f"run its sweep first: notebooks/sweeps/{missing[0]}.toml")
+    assert not missing, f"run its sweep first: notebooks/sweeps/{missing[0]}.toml"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "MECHICL_FIGURES": str(tmp_path)}
     client = NotebookClient(book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
     client.execute(env=environment)

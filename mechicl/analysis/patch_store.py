@@ -9,10 +9,7 @@ A line is written whole and flushed to the disk; one that a crash cut off is not
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from mechicl.errors import CheckpointError, OutputPathError
+from mechicl.analysis.kept import KeptFolder
 from mechicl.prompts.batch import Batch
 
 PLAN, CELLS, TABLE = "patch.json", "cells.jsonl", "cells.parquet"
@@ -56,108 +53,28 @@ def _bytes(value: Tensor) -> bytes:
     return value.view(torch.uint8).numpy().tobytes() if value.numel() and value.dim() else repr(value.tolist()).encode()
 
 
-class Store:
-    """The folder of one sweep.
+class Store(KeptFolder):
+    """The folder of one sweep."""
 
-    Args:
-        out: The folder; made if it is not there.
-        asked: What was asked for, as JSON values.
-
-    Raises:
-        CheckpointError: the folder holds another sweep (names what differs), or its plan cannot be read.
-        OutputPathError: it cannot be written, or holds other files.
-    """
-
-    def __init__(self, out: str | os.PathLike[str], asked: Mapping[str, Any]) -> None:
-        self.out = Path(out)
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            if (self.out / PLAN).exists():
-                self._agree(asked)
-            elif any(self.out.iterdir()):
-                raise OutputPathError(
-                    f"out must be a new or empty folder, or this sweep's; {self.out} holds other files. Choose another folder."
-                )
-            else:
-                _replace(self.out / PLAN, (json.dumps(asked, indent=1) + "\n").encode())
-        except OSError as error:
-            raise _unwritable(self.out, error) from error
-
-    def _agree(self, asked: Mapping[str, Any]) -> None:
-        path = self.out / PLAN
-        try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{PLAN} must be readable JSON; {path} is not ({error}). Use another folder.") from error
-        now = json.loads(json.dumps(asked))
-        changed = [name for name in sorted({*found, *now}) if found.get(name) != now.get(name)]
-        if changed:
-            before, after = json.dumps(found.get(changed[0])), json.dumps(now.get(changed[0]))
-            others = f" (also changed: {', '.join(changed[1:])})" if len(changed) > 1 else ""
-            raise CheckpointError(
-                f"out must hold the same sweep; in {self.out} {changed[0]} was {before[:60]}, now {after[:60]}{others}. "
-                "Ask for the same, or use another folder."
-            )
+    plan, lines, what, finished = PLAN, CELLS, "sweep", "cells"
 
     def load(self, raw: Mapping[str, np.ndarray]) -> int:
         """Fill arrays [batch, *axes] with the cells that are finished; returns how many numbers were read."""
-        path, count = self.out / CELLS, 0
-        if not path.exists():
-            return 0
-        text = path.read_bytes()
-        end = text.rfind(b"\n") + 1  # what follows the last line end was cut off
-        if end < len(text):
-            _replace(path, text[:end])
-        for number, line in enumerate(text[:end].splitlines()):
-            try:
-                found = json.loads(line)
-                array = raw[found["site"]]
-                flat = array.reshape(len(array), -1)
-                values = np.array(found["values"], dtype=np.float64)
-                flat[np.ix_(found["rows"], found["cells"])] = values
-            except (ValueError, KeyError, IndexError, TypeError) as error:
-                raise CheckpointError(
-                    f"{CELLS} must hold finished cells; line {number + 1} of {path} does not ({error}). Delete the file."
-                ) from error
-            count += values.size
-        return count
+        counts: list[int] = []
+
+        def take(found: dict[str, Any]) -> None:
+            array = raw[found["site"]]
+            values = np.array(found["values"], dtype=np.float64)
+            array.reshape(len(array), -1)[np.ix_(found["rows"], found["cells"])] = values
+            counts.append(values.size)
+
+        self.read_lines(take)
+        return sum(counts)
 
     def add(self, site: str, cells: Sequence[int], rows: Sequence[int], values: np.ndarray) -> None:
-        """Keep finished cells: values [row, cell], flat cell numbers.
-
-        Raises:
-            OutputPathError: the disk is full or gone.
-        """
-        line = json.dumps({"site": site, "cells": list(cells), "rows": list(rows), "values": values.tolist()})
-        try:
-            with (self.out / CELLS).open("ab") as file:
-                file.write(line.encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise _unwritable(self.out, error) from error
+        """Keep finished cells: values [row, cell], flat cell numbers."""
+        self.add_line({"site": site, "cells": list(cells), "rows": list(rows), "values": values.tolist()})
 
     def finish(self, table: pd.DataFrame) -> None:
         """Write the table of all cells."""
-        path = self.out / TABLE
-        try:
-            temporary = path.with_name(TABLE + ".part")
-            table.to_parquet(temporary, index=False)
-            temporary.replace(path)
-        except OSError as error:
-            raise _unwritable(self.out, error) from error
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _unwritable(out: Path, error: OSError) -> OutputPathError:
-    return OutputPathError(
-        f"out must be a folder that can be written; got {out} ({error.strerror or error}). Make room or choose another place: finished cells are kept."
-    )
+        self.write_table(TABLE, table)

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from mechicl.analysis.feed import progress_bar, provenance
 from mechicl.analysis.metrics import Metric, contrast
+from mechicl.analysis.patch_job import sides_of
 from mechicl.analysis.patching import Correction, gap_between
 from mechicl.analysis.path_runs import Freeze, Runs, behind_norm
 from mechicl.analysis.statistics import benjamini_hochberg, holm, ratio_interval, sign_flip_p
-from mechicl.errors import EpisodeError, OptionError
+from mechicl.errors import OptionError
 from mechicl.models.edge_graph import EdgeGraph
 from mechicl.prompts.align import align, span_groups
 from mechicl.prompts.batch import Batch
 from mechicl.prompts.corrupt import Pairs
 from mechicl.prompts.episode import Episode
-from mechicl.results.base import Skipped
 from mechicl.results.nodes import Receiver, Sender, feeds
 from mechicl.results.patching import Direction
 from mechicl.results.paths import PathEffects
@@ -96,7 +96,7 @@ def path_patch(
         )
     chosen = _named(senders, graph.senders, "sender")
     asked = _named(("logits",) if receivers is None else receivers, graph.receivers, "receiver")
-    first, second, how, skipped = _sides(model, clean, corrupt)
+    first, second, how, skipped = sides_of(model, clean, corrupt)
     measured, rows, unscored, notes = contrast(metric, first, second)
     if getattr(model, "not_additive", ""):
         notes.append(NORMED)
@@ -132,22 +132,6 @@ def path_patch(
         provenance=provenance(model, task=task, seed=seed, options=options), correction=correction, skipped=(*skipped, *unscored), notes=tuple(notes),
         places="all positions" if spans is None else spans if isinstance(spans, str) else ", ".join(spans),
     )  # fmt: skip
-
-
-def _sides(model: Any, clean: Any, corrupt: Any) -> tuple[Batch, Batch, str, tuple[Skipped, ...]]:
-    """Clean and corrupt prompts, how they were made, and what was left out."""
-    if isinstance(clean, Pairs):
-        if corrupt is not None:
-            raise OptionError("corrupt must not be given beside Pairs; got both. Pairs hold both sides.")
-        return clean.clean, clean.corrupt, clean.how, clean.skipped
-    if corrupt is None:
-        raise OptionError("corrupt must be given; got None. Make pairs with prompts.corrupt.minimal_pairs, or pass both batches.")
-    first, second = (side if isinstance(side, Batch) else model.render(side) for side in (clean, corrupt))
-    if first.n != second.n:
-        raise EpisodeError(
-            f"clean and corrupt must be paired, prompt by prompt; got {first.n} and {second.n} prompts. Make pairs with minimal_pairs."
-        )
-    return first, second, "given", ()
 
 
 def _statistics(
