@@ -154,8 +154,8 @@ def bare(model: Any, episodes: Sequence[Episode]) -> Any:
 
 def cells(out: Path, scale: Scale, seeds: int, strategies: Sequence[str], threads: int | None, start_from: str | None) -> pd.DataFrame:
     """Every cell that is not there yet, and all rows."""
-    known = generated_pool(0, scale.groups, scale.per_class, scale.size, split="train")
-    fresh = generated_pool(1, min(scale.groups, 10), max(scale.per_class, max(scale.asked) + 1), scale.size, split="held_out")
+    known = generated_pool(0, scale.groups, scale.per_class, scale.size, split="train", names="made-up")
+    fresh = generated_pool(1, min(scale.groups, 10), max(scale.per_class, max(scale.asked) + 1), scale.size, split="held_out", names="made-up")
     folder = start_from or base(out, scale, known, threads)
     model = mechicl.load(folder)
     alike, alike_fresh = class_neighbours(known, model), class_neighbours(fresh, model)
