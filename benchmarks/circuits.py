@@ -12,7 +12,7 @@ import time
 import torch
 
 from benchmarks.measure import machine
-from mechicl.analysis.circuit_benchmark import benchmark_methods
+from mechicl.analysis.circuits.benchmark import benchmark_methods
 from mechicl.results import CircuitBenchmark, Estimate
 
 

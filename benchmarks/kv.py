@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import machine, peak_memory, ratio, rounds, table
-from mechicl.analysis.kv_pairs import Prompts, Table, Wanted, read_prompts
-from mechicl.analysis.kv_shift import kv_shift
+from mechicl.analysis.shift.kv_shift import kv_shift
+from mechicl.analysis.shift.pairs import Prompts, Table, Wanted, read_prompts
 from mechicl.models.vlm import HookedVLM
 from mechicl.prompts.align import span_groups
 from mechicl.prompts.batch import Batch

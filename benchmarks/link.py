@@ -21,15 +21,15 @@ import pandas as pd
 
 import mechicl
 from benchmarks.measure import machine, table
-from mechicl.analysis.bands import runs_estimate
 from mechicl.analysis.icl import icl_accuracy
-from mechicl.analysis.link_neighbours import class_neighbours
+from mechicl.analysis.link.neighbours import class_neighbours
+from mechicl.analysis.trainings.bands import runs_estimate
 from mechicl.data.link_context import SHORT, Pool, generated_pool, link_episodes
 from mechicl.prompts.episode import Episode, Shot
-from mechicl.training.adapt import adapt, replaced
-from mechicl.training.adapt_data import Feed
-from mechicl.training.adapt_loop import Course, Loop, start
-from mechicl.training.adapt_measure import Probe
+from mechicl.training.adapting.adapt import adapt, replaced
+from mechicl.training.adapting.data import Feed
+from mechicl.training.adapting.loop import Course, Loop, start
+from mechicl.training.adapting.measure import Probe
 from mechicl.training.organisms import save
 from mechicl.training.runs import Run
 from mechicl.training.stages import PICTURES, REPEAT, REPEATS, Plan, Stage
@@ -155,7 +155,9 @@ def bare(model: Any, episodes: Sequence[Episode]) -> Any:
 def cells(out: Path, scale: Scale, seeds: int, strategies: Sequence[str], threads: int | None, start_from: str | None) -> pd.DataFrame:
     """Every cell that is not there yet, and all rows."""
     known = generated_pool(0, scale.groups, scale.per_class, scale.size, split="train", names="made-up")
-    fresh = generated_pool(1, min(scale.groups, 10), max(scale.per_class, max(scale.asked) + 1), scale.size, split="held_out", names="made-up")
+    fresh = generated_pool(
+        1, min(scale.groups, 10), max(scale.per_class, max(scale.asked) + 1), scale.size, split="held_out", names="made-up"
+    )
     folder = start_from or base(out, scale, known, threads)
     model = mechicl.load(folder)
     alike, alike_fresh = class_neighbours(known, model), class_neighbours(fresh, model)

@@ -30,8 +30,8 @@ from torch import Tensor
 from transformer_lens import patching
 
 from benchmarks.measure import machine, ratio, rounds, table
-from mechicl.models.resume import Cell, Recorded, record, run_cells
-from mechicl.models.toy import ToyTransformer, toy_config
+from mechicl.models.resuming.resume import Cell, Recorded, record, run_cells
+from mechicl.models.toys.model import ToyTransformer, toy_config
 from mechicl.models.vlm import HookedVLM
 from mechicl.training.organisms import build
 

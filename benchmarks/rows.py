@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.measure import machine, peak_memory, ratio, rounds, table
-from mechicl.analysis.heads import score_heads
+from mechicl.analysis.heads.scoring import score_heads
 from mechicl.models.probe import text_probe
 from mechicl.models.vlm import HookedVLM
 from mechicl.prompts.batch import Batch

@@ -21,10 +21,10 @@ import torch
 from torch.nn import functional
 
 from benchmarks.measure import machine, ratio, rounds, table
-from mechicl.training.batched import Alone, Batched, Trainees
-from mechicl.training.toy_build import build
-from mechicl.training.toy_feed import BLOCK, Feed
-from mechicl.training.toy_recipe import ToyRecipe, recipe, set_fields
+from mechicl.training.toys.batched import Alone, Batched, Trainees
+from mechicl.training.toys.build import build
+from mechicl.training.toys.feed import BLOCK, Feed
+from mechicl.training.toys.recipe import ToyRecipe, recipe, set_fields
 
 MANY = (1, 8, 64)
 

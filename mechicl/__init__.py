@@ -9,76 +9,76 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mechicl.analysis.ablation import ablate, dose_curve
-    from mechicl.analysis.anchored import compare_strategies
-    from mechicl.analysis.attribution import attribute
-    from mechicl.analysis.circuit_overlap import compare_circuits
-    from mechicl.analysis.circuits import circuit_curve, evaluate_circuit, find_circuit
-    from mechicl.analysis.direct_logits import direct_logits
-    from mechicl.analysis.edge_attribution import eap
-    from mechicl.analysis.factors import factor_shares
-    from mechicl.analysis.function_vector_effects import add_function_vector
-    from mechicl.analysis.function_vectors import function_vector, function_vector_scores
-    from mechicl.analysis.head_circuits import head_circuits
-    from mechicl.analysis.heads import attention_by_role, score_heads
+    from mechicl.analysis.ablation.ablate import ablate, dose_curve
+    from mechicl.analysis.ablation.span_knockouts import span_knockout
+    from mechicl.analysis.circuits.find import circuit_curve, evaluate_circuit, find_circuit
+    from mechicl.analysis.circuits.overlap import compare_circuits
+    from mechicl.analysis.examples.anchored import compare_strategies
+    from mechicl.analysis.gradients.attribution import attribute
+    from mechicl.analysis.gradients.edge_attribution import eap
+    from mechicl.analysis.heads.scoring import attention_by_role, score_heads
     from mechicl.analysis.icl import icl_accuracy
-    from mechicl.analysis.kv_shift import kv_shift
-    from mechicl.analysis.link_eval import evaluate_link
-    from mechicl.analysis.link_prior import informative_position, label_corruption
-    from mechicl.analysis.link_rename import link_or_prior
-    from mechicl.analysis.logit_lens import logit_lens
-    from mechicl.analysis.margin import contrast_margin
-    from mechicl.analysis.patching import patch
-    from mechicl.analysis.paths import path_patch
-    from mechicl.analysis.similarity import similarity_test
-    from mechicl.analysis.span_knockouts import span_knockout
+    from mechicl.analysis.link.evaluate import evaluate_link
+    from mechicl.analysis.link.prior import informative_position, label_corruption
+    from mechicl.analysis.link.rename import link_or_prior
+    from mechicl.analysis.margin.contrast import contrast_margin
+    from mechicl.analysis.patching.patch import patch
+    from mechicl.analysis.patching.paths import path_patch
+    from mechicl.analysis.patching.transplant import transplant
+    from mechicl.analysis.readout.direct_logits import direct_logits
+    from mechicl.analysis.readout.function_vector_effects import add_function_vector
+    from mechicl.analysis.readout.function_vectors import function_vector, function_vector_scores
+    from mechicl.analysis.readout.head_circuits import head_circuits
+    from mechicl.analysis.readout.logit_lens import logit_lens
+    from mechicl.analysis.shift.factors import factor_shares
+    from mechicl.analysis.shift.kv_shift import kv_shift
+    from mechicl.analysis.shift.similarity import similarity_test
     from mechicl.analysis.study import find_and_prove
-    from mechicl.analysis.transplant import transplant
     from mechicl.models.load import load
     from mechicl.models.vlm import HookedVLM
     from mechicl.prompts.episode import Episode, Shot
-    from mechicl.training.adapt import adapt
+    from mechicl.training.adapting.adapt import adapt
     from mechicl.views.plots import plot
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "adapt": "mechicl.training.adapt",
-    "compare_strategies": "mechicl.analysis.anchored",
-    "compare_circuits": "mechicl.analysis.circuit_overlap",
-    "circuit_curve": "mechicl.analysis.circuits",
-    "evaluate_circuit": "mechicl.analysis.circuits",
-    "find_circuit": "mechicl.analysis.circuits",
-    "contrast_margin": "mechicl.analysis.margin",
+    "adapt": "mechicl.training.adapting.adapt",
+    "compare_strategies": "mechicl.analysis.examples.anchored",
+    "compare_circuits": "mechicl.analysis.circuits.overlap",
+    "circuit_curve": "mechicl.analysis.circuits.find",
+    "evaluate_circuit": "mechicl.analysis.circuits.find",
+    "find_circuit": "mechicl.analysis.circuits.find",
+    "contrast_margin": "mechicl.analysis.margin.contrast",
     "load": "mechicl.models.load",
     "HookedVLM": "mechicl.models.vlm",
     "Episode": "mechicl.prompts.episode",
     "Shot": "mechicl.prompts.episode",
-    "score_heads": "mechicl.analysis.heads",
-    "attention_by_role": "mechicl.analysis.heads",
+    "score_heads": "mechicl.analysis.heads.scoring",
+    "attention_by_role": "mechicl.analysis.heads.scoring",
     "icl_accuracy": "mechicl.analysis.icl",
-    "ablate": "mechicl.analysis.ablation",
-    "dose_curve": "mechicl.analysis.ablation",
-    "attribute": "mechicl.analysis.attribution",
-    "eap": "mechicl.analysis.edge_attribution",
-    "factor_shares": "mechicl.analysis.factors",
-    "function_vector_scores": "mechicl.analysis.function_vectors",
-    "function_vector": "mechicl.analysis.function_vectors",
-    "add_function_vector": "mechicl.analysis.function_vector_effects",
-    "direct_logits": "mechicl.analysis.direct_logits",
-    "evaluate_link": "mechicl.analysis.link_eval",
-    "informative_position": "mechicl.analysis.link_prior",
-    "label_corruption": "mechicl.analysis.link_prior",
-    "link_or_prior": "mechicl.analysis.link_rename",
-    "logit_lens": "mechicl.analysis.logit_lens",
-    "head_circuits": "mechicl.analysis.head_circuits",
+    "ablate": "mechicl.analysis.ablation.ablate",
+    "dose_curve": "mechicl.analysis.ablation.ablate",
+    "attribute": "mechicl.analysis.gradients.attribution",
+    "eap": "mechicl.analysis.gradients.edge_attribution",
+    "factor_shares": "mechicl.analysis.shift.factors",
+    "function_vector_scores": "mechicl.analysis.readout.function_vectors",
+    "function_vector": "mechicl.analysis.readout.function_vectors",
+    "add_function_vector": "mechicl.analysis.readout.function_vector_effects",
+    "direct_logits": "mechicl.analysis.readout.direct_logits",
+    "evaluate_link": "mechicl.analysis.link.evaluate",
+    "informative_position": "mechicl.analysis.link.prior",
+    "label_corruption": "mechicl.analysis.link.prior",
+    "link_or_prior": "mechicl.analysis.link.rename",
+    "logit_lens": "mechicl.analysis.readout.logit_lens",
+    "head_circuits": "mechicl.analysis.readout.head_circuits",
     "find_and_prove": "mechicl.analysis.study",
-    "kv_shift": "mechicl.analysis.kv_shift",
-    "patch": "mechicl.analysis.patching",
-    "path_patch": "mechicl.analysis.paths",
-    "similarity_test": "mechicl.analysis.similarity",
-    "span_knockout": "mechicl.analysis.span_knockouts",
-    "transplant": "mechicl.analysis.transplant",
+    "kv_shift": "mechicl.analysis.shift.kv_shift",
+    "patch": "mechicl.analysis.patching.patch",
+    "path_patch": "mechicl.analysis.patching.paths",
+    "similarity_test": "mechicl.analysis.shift.similarity",
+    "span_knockout": "mechicl.analysis.ablation.span_knockouts",
+    "transplant": "mechicl.analysis.patching.transplant",
     "plot": "mechicl.views.plots",
 }
 _MODULES = ("data", "prompts", "models", "analysis", "training", "views", "errors", "results")

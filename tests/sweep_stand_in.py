@@ -1,4 +1,4 @@
-"""A stand-in for training: the same three functions as mechicl.training.sweep_work, quick, with mishaps that a test asks for by field."""
+"""A stand-in for training: the same three functions as mechicl.training.sweeps.work, quick, with mishaps that a test asks for by field."""
 
 from __future__ import annotations
 

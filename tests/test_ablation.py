@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mechicl.analysis.ablation import ablate, dose_curve
-from mechicl.analysis.heads import score_heads
+from mechicl.analysis.ablation.ablate import ablate, dose_curve
+from mechicl.analysis.ablation.matched import matched_draws
+from mechicl.analysis.ablation.switches import Switches, check_how, head_means
+from mechicl.analysis.ablation.verdict import FINDINGS, judge
+from mechicl.analysis.heads.scoring import score_heads
 from mechicl.analysis.icl import icl_accuracy
-from mechicl.analysis.matched import matched_draws
-from mechicl.analysis.switches import Switches, check_how, head_means
-from mechicl.analysis.verdict import FINDINGS, judge
 from mechicl.errors import EpisodeError, HeadIndexError, OptionError
 from mechicl.models.planted import Planted, planted_induction, untrained
-from mechicl.models.toy_prompts import ToyRenderer, ToyVocabulary, toy_batch, toy_episodes
+from mechicl.models.toys.prompts import ToyRenderer, ToyVocabulary, toy_batch, toy_episodes
 from mechicl.prompts.episode import Episode
 
 RENDERER = ToyRenderer(ToyVocabulary(10, 20))

@@ -15,10 +15,10 @@ from mechicl.models.vlm import HookedVLM
 from mechicl.prompts.episode import Episode
 from mechicl.prompts.render import Renderer
 from mechicl.prompts.spans import QUERY
-from mechicl.training.adapt import AdaptRun, adapt
-from mechicl.training.adapt_data import IGNORED, Feed, answer_loss, closing, kept_positions, lesson
-from mechicl.training.adapt_loop import Course, Loop, start
-from mechicl.training.adapt_parts import choose, decoder_names, projector_names
+from mechicl.training.adapting.adapt import AdaptRun, adapt
+from mechicl.training.adapting.data import IGNORED, Feed, answer_loss, closing, kept_positions, lesson
+from mechicl.training.adapting.loop import Course, Loop, start
+from mechicl.training.adapting.parts import choose, decoder_names, projector_names
 from mechicl.training.organisms import build
 from mechicl.training.runs import Run
 

@@ -15,15 +15,15 @@ import torch
 from typer.testing import CliRunner
 
 import mechicl
-from mechicl.analysis.bands import seed_bands
+from mechicl.analysis.trainings.bands import seed_bands
 from mechicl.cli import app
 from mechicl.data import concepts
 from mechicl.data.link_context import generated_pool, link_episodes
 from mechicl.errors import CheckpointError, OptionError, OutputPathError
 from mechicl.prompts.episode import Episode
-from mechicl.training.adapt import AdaptRun, adapt
-from mechicl.training.adapt_loop import Loop
-from mechicl.training.adapt_measure import Probe, head_curve, measure, when
+from mechicl.training.adapting.adapt import AdaptRun, adapt
+from mechicl.training.adapting.loop import Loop
+from mechicl.training.adapting.measure import Probe, head_curve, measure, when
 from mechicl.training.runs import read_tensors
 
 SOME: dict[str, Any] = {"steps": 4, "batch": 2, "rank": 2, "checkpoint_every": 2, "threads": 1, "device": "cpu", "progress": False}
@@ -102,7 +102,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
 
 def test_a_killed_run_ends_as_if_it_had_not_been(finished: AdaptRun, tmp_path: Path) -> None:
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nimport warnings; warnings.simplefilter('ignore')\n"
-    code += "import test_adapt_runs as t\nfrom mechicl.training.adapt import adapt\n"
+    code += "import test_adapt_runs as t\nfrom mechicl.training.adapting.adapt import adapt\n"
     code += f"adapt('demo', {str(tmp_path / 'run')!r}, **t.whole_run())\n"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -269,7 +269,7 @@ def test_the_bundled_model_gets_better_at_the_links_it_is_trained_on(tmp_path: P
 @pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nimport warnings; warnings.simplefilter('ignore')\n"
-    code += "import test_adapt_runs as t\nfrom mechicl.training.adapt import adapt\n"
+    code += "import test_adapt_runs as t\nfrom mechicl.training.adapting.adapt import adapt\n"
     code += f"adapt('demo', {str(tmp_path / 'two')!r}, data=t.draw, **t.SOME)\n"
     script = tmp_path / "script.py"
     script.write_text(code)

@@ -16,8 +16,8 @@ import torch
 from conftest import picture, unchecked
 
 import mechicl
-from mechicl.analysis.anchored import compare_strategies
-from mechicl.analysis.strategies import BASELINES
+from mechicl.analysis.examples.anchored import compare_strategies
+from mechicl.analysis.examples.strategies import BASELINES
 from mechicl.data.anchored import GREY, HIDDEN, anchored, exchanged, same_pictures
 from mechicl.data.memes_made import draw_memes
 from mechicl.errors import EpisodeError, NotFiniteError, OptionError

@@ -24,13 +24,13 @@ OWNERS = {
     "plotly": {"views/plots.py"},
     "circuitsvis": {"views/attention.py"},
     "jinja2": {"views/page.py"},
-    "sklearn": {"data/digits.py", "analysis/trends.py"},
-    "ruptures": {"analysis/change_points.py"},
-    "statsmodels": {"analysis/mixed_effects.py", "analysis/statistics.py"},
+    "sklearn": {"data/digits.py", "analysis/trainings/trends.py"},
+    "ruptures": {"analysis/trainings/change_points.py"},
+    "statsmodels": {"analysis/shift/mixed_effects.py", "analysis/statistics.py"},
     "typer": {f"cli/{name}.py" for name in ("adapt", "app", "eval", "heads", "kv", "options", "patch", "report", "sweep", "train")},
-    "ray": {"training/sweep_ray.py"},
+    "ray": {"training/sweeps/ray_cluster.py"},
     "peft": {"models/adapters.py"},
-    "accelerate": {"training/adapt_loop.py"},
+    "accelerate": {"training/adapting/loop.py"},
 }
 TRANSFORMERS = ("models/", "prompts/render.py", "prompts/patches.py", "training/")
 

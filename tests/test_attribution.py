@@ -11,14 +11,14 @@ import torch
 from conftest import picture
 
 import mechicl
-from mechicl.analysis.attribution import attribute
-from mechicl.analysis.attribution_runs import Products
-from mechicl.analysis.patching import patch
+from mechicl.analysis.gradients.attribution import attribute
+from mechicl.analysis.gradients.attribution_runs import Products
+from mechicl.analysis.patching.patch import patch
 from mechicl.data.concepts import draw
 from mechicl.errors import OptionError, UnsupportedModelError
 from mechicl.models import programs
 from mechicl.models.planted import untrained
-from mechicl.models.toy_prompts import ToyRenderer, toy_episodes
+from mechicl.models.toys.prompts import ToyRenderer, toy_episodes
 from mechicl.models.vlm import HookedVLM
 from mechicl.prompts.corrupt import Pairs, minimal_pairs
 from mechicl.prompts.episode import Episode, Shot
@@ -121,9 +121,9 @@ def test_small_differences_are_estimated_exactly(toy: Any) -> None:
         _, clean = toy.run_with_cache(pairs.clean, names_filter=name)
         _, corrupt = toy.run_with_cache(pairs.corrupt, names_filter=name)
     near = corrupt[name] + 0.01 * (clean[name] - corrupt[name])
-    from mechicl.analysis.differentiable import measure
-    from mechicl.analysis.gradients import slopes
-    from mechicl.analysis.metrics import contrast
+    from mechicl.analysis.gradients.backward import slopes
+    from mechicl.analysis.gradients.differentiable import measure
+    from mechicl.analysis.patching.metrics import contrast
 
     read = measure(contrast("logit_diff", pairs.clean, pairs.corrupt)[0], pairs.clean)
     slope = slopes(toy, pairs.corrupt, [name], read)

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from mechicl.errors import OptionError
-from mechicl.training.batched import Alone, Batched, learnable
-from mechicl.training.toy import load_toy, train_many, train_toy
-from mechicl.training.toy_build import build
-from mechicl.training.toy_feed import Feed
-from mechicl.training.toy_recipe import ToyRecipe, recipe, set_fields
+from mechicl.training.toys.batched import Alone, Batched, learnable
+from mechicl.training.toys.build import build
+from mechicl.training.toys.feed import Feed
+from mechicl.training.toys.recipe import ToyRecipe, recipe, set_fields
+from mechicl.training.toys.train import load_toy, train_many, train_toy
 
 TINY: dict[str, Any] = {"K": 32, "L": 4, "D": 8, "N": 4, "B": 2, "batch": 8, "steps": 30, "points": 4, "probe_n": 16, "n_novel": 16}
 TWO: dict[str, Any] = {
@@ -145,8 +145,8 @@ def test_members_resume_each_from_where_it_stands(tmp_path: Path) -> None:
 
 def stand_at(made: ToyRecipe, out: Path, step: int) -> int:
     """A run's folder as a kill leaves it, with a checkpoint at a step that is not measured."""
-    from mechicl.training import toy
-    from mechicl.training.toy_folder import ToyFolder
+    from mechicl.training.toys import train as toy
+    from mechicl.training.toys.folder import ToyFolder
 
     folder = ToyFolder.open(out, made, resume=False)
     model = build(made)

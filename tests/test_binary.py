@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score, roc_auc_score
 
-from mechicl.analysis.binary import Marked, auroc, f1, measure
+from mechicl.analysis.examples.binary import Marked, auroc, f1, measure
 from mechicl.errors import OptionError
 
 

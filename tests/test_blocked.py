@@ -13,8 +13,8 @@ from torch import Tensor
 from mechicl.errors import HeadIndexError, HookNotFiredError, OptionError, UnsupportedModelError
 from mechicl.models.blocked import Block, blocked, windows
 from mechicl.models.planted import planted_induction, untrained
-from mechicl.models.toy import ToyTransformer
-from mechicl.models.toy_prompts import ToyRenderer, toy_batch, toy_episodes
+from mechicl.models.toys.model import ToyTransformer
+from mechicl.models.toys.prompts import ToyRenderer, toy_batch, toy_episodes
 from mechicl.models.vlm import HookedVLM
 
 Organism = Callable[..., tuple[Any, Any]]

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mechicl.analysis.bands import as_table, at_step, over_runs, runs_estimate, seed_bands
-from mechicl.analysis.change_points import emergence, levels, log_steps, main_change
+from mechicl.analysis.trainings.bands import as_table, at_step, over_runs, runs_estimate, seed_bands
+from mechicl.analysis.trainings.change_points import emergence, levels, log_steps, main_change
 from mechicl.errors import OptionError
 from mechicl.results import Provenance, Series
 

@@ -11,16 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mechicl.analysis.attribution import attribute
-from mechicl.analysis.circuit_benchmark import benchmark_methods, noisy
-from mechicl.analysis.circuit_overlap import compare_circuits
-from mechicl.analysis.circuit_runs import CircuitRuns
-from mechicl.analysis.circuit_scores import places_of
-from mechicl.analysis.circuit_search import grown, prefixes, prune, random_edges, random_nodes, smallest_prefix
-from mechicl.analysis.circuits import circuit_curve, evaluate_circuit, find_circuit
-from mechicl.analysis.edge_attribution import eap
-from mechicl.analysis.patching import patch
-from mechicl.analysis.paths import path_patch
+from mechicl.analysis.circuits.benchmark import benchmark_methods, noisy
+from mechicl.analysis.circuits.find import circuit_curve, evaluate_circuit, find_circuit
+from mechicl.analysis.circuits.overlap import compare_circuits
+from mechicl.analysis.circuits.runs import CircuitRuns
+from mechicl.analysis.circuits.scores import places_of
+from mechicl.analysis.circuits.search import grown, prefixes, prune, random_edges, random_nodes, smallest_prefix
+from mechicl.analysis.gradients.attribution import attribute
+from mechicl.analysis.gradients.edge_attribution import eap
+from mechicl.analysis.patching.patch import patch
+from mechicl.analysis.patching.paths import path_patch
 from mechicl.data import concepts
 from mechicl.errors import OptionError, UnsupportedModelError
 from mechicl.models.edge_graph import EdgeGraph
@@ -321,7 +321,7 @@ def test_overlap_of_a_circuit_with_itself_and_with_an_other_program() -> None:
 
 def test_chance_is_what_counting_every_set_gives() -> None:
     """Nodes of a graph of one stratum, all pairs of sets written out."""
-    from mechicl.analysis.circuit_overlap import _shared_pmf
+    from mechicl.analysis.circuits.overlap import _shared_pmf
 
     n, x, y = 7, 3, 4
     fixed = set(range(x))

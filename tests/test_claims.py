@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mechicl.analysis.claims import around, base_of, by_seed, claim, difference, paired, rows, slope, threshold, verdict_table
-from mechicl.analysis.knockouts import table_of
-from mechicl.analysis.trends import pooled
+from mechicl.analysis.ablation.knockouts import table_of
+from mechicl.analysis.trainings.claims import around, base_of, by_seed, claim, difference, paired, rows, slope, threshold, verdict_table
+from mechicl.analysis.trainings.trends import pooled
 from mechicl.errors import OptionError
 from mechicl.results import Estimate, KnockOut, KnockOutTable
 

@@ -273,7 +273,7 @@ def test_the_doctor_fails_a_sick_model(tiny: HookedVLM, monkeypatch: pytest.Monk
 def test_memory_that_runs_out_is_said_in_one_line(tiny: HookedVLM, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from mechicl.analysis import heads
+    from mechicl.analysis.heads import scoring as heads
 
     def full(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("no memory")

@@ -10,13 +10,13 @@ import pytest
 import torch
 from readout_cases import episodes, hooked
 
-from mechicl.analysis.contrast_fit import Pool, mapped, triplet_loss
-from mechicl.analysis.contrast_maps import apply_map, contrast_map
-from mechicl.analysis.contrast_pairs import ContrastPairs, contrast_pairs
-from mechicl.analysis.margin import contrast_margin
+from mechicl.analysis.margin.contrast import contrast_margin
+from mechicl.analysis.margin.contrast_fit import Pool, mapped, triplet_loss
+from mechicl.analysis.margin.contrast_maps import apply_map, contrast_map
+from mechicl.analysis.margin.contrast_pairs import ContrastPairs, contrast_pairs
 from mechicl.errors import EpisodeError, HeadIndexError, NotFiniteError, OptionError
 from mechicl.models.planted import planted_induction
-from mechicl.models.toy_prompts import toy_batch
+from mechicl.models.toys.prompts import toy_batch
 
 D = 8
 

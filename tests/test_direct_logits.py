@@ -10,11 +10,11 @@ import pytest
 import torch
 from readout_cases import ADDITIVE, NOT_ADDITIVE, episodes, hooked
 
-from mechicl.analysis.direct_logits import direct_logits
+from mechicl.analysis.readout.direct_logits import direct_logits
 from mechicl.errors import EpisodeError, OptionError, UnsupportedModelError
 from mechicl.models.planted import planted_induction, untrained
-from mechicl.models.toy import ToyTransformer, toy_config
-from mechicl.models.toy_prompts import ToyRenderer, toy_batch, toy_episodes
+from mechicl.models.toys.model import ToyTransformer, toy_config
+from mechicl.models.toys.prompts import ToyRenderer, toy_batch, toy_episodes
 from mechicl.models.vlm import HookedVLM
 from mechicl.prompts.batch import Batch
 from mechicl.training.organisms import build

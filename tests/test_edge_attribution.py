@@ -14,18 +14,18 @@ import torch
 from conftest import picture
 
 import mechicl
-from mechicl.analysis import edge_gradients
-from mechicl.analysis.differentiable import parts, score
-from mechicl.analysis.edge_attribution import eap
-from mechicl.analysis.edge_exact import edges_exactly
-from mechicl.analysis.edge_gradients import gradients_at, received, sent, two_runs
-from mechicl.analysis.paths import path_patch
+from mechicl.analysis.gradients import edge_gradients
+from mechicl.analysis.gradients.differentiable import parts, score
+from mechicl.analysis.gradients.edge_attribution import eap
+from mechicl.analysis.gradients.edge_exact import edges_exactly
+from mechicl.analysis.gradients.edge_gradients import gradients_at, received, sent, two_runs
+from mechicl.analysis.patching.paths import path_patch
 from mechicl.data.concepts import draw
 from mechicl.errors import EpisodeError, OptionError, UnsupportedModelError
 from mechicl.models import programs, streams
 from mechicl.models.edge_graph import EdgeGraph
 from mechicl.models.planted import untrained
-from mechicl.models.toy_prompts import ToyRenderer, toy_episodes
+from mechicl.models.toys.prompts import ToyRenderer, toy_episodes
 from mechicl.models.vlm import HookedVLM
 from mechicl.prompts.corrupt import Pairs, minimal_pairs
 from mechicl.prompts.episode import Episode, Shot
@@ -174,7 +174,7 @@ def test_what_a_layer_reads_adds_up_to_the_slope_of_its_stream() -> None:
     graph = EdgeGraph.of(model)
     run = two_runs(model, part, graph)
     slope = gradients_at(model, part, run, 0.0, graph)
-    from mechicl.analysis.gradients import slopes
+    from mechicl.analysis.gradients.backward import slopes
 
     whole = slopes(model, part.start, ["blocks.0.hook_resid_pre"], part.measure, positions=part.positions)
     total = slope.gradients["blocks.0.hook_resid_post"] + sum(g.sum(0) for _, g in received(model, slope, 0, slice(None)))
@@ -215,7 +215,7 @@ def test_spans_split_the_score_and_place_the_edge() -> None:
 def test_positions_in_pieces_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = HookedVLM(*build("qwen3_vl", preset="tiny", seed=0))
     whole = eap(model, vlm_pairs(model), by_span=True, exact=0, **QUIET)
-    monkeypatch.setattr("mechicl.analysis.edge_attribution.CHUNK_BYTES", edge_gradients.CHUNK_BYTES >> 14)
+    monkeypatch.setattr("mechicl.analysis.gradients.edge_attribution.CHUNK_BYTES", edge_gradients.CHUNK_BYTES >> 14)
     pieces = eap(model, vlm_pairs(model), by_span=True, exact=0, batch_size=1, **QUIET)
     assert np.allclose(whole.raw, pieces.raw, atol=1e-5, equal_nan=True)
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mechicl.errors import OptionError
-from mechicl.models.encoders import Encoder, Projector, build_encoder
-from mechicl.models.toy import ToyTransformer, classify_with
-from mechicl.models.toy_presets import preset
+from mechicl.models.toys.encoders import Encoder, Projector, build_encoder
+from mechicl.models.toys.model import ToyTransformer, classify_with
+from mechicl.models.toys.presets import preset
 
 CASES: list[tuple[str, tuple[int, ...]]] = [
     ("mlp", (48,)), ("mlp", (1, 12, 12)), ("cnn", (48,)), ("cnn", (3, 16, 16)), ("transformer", (48,)), ("vit", (1, 14, 14)), ("vit", (3, 21, 14)),

@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mechicl.analysis.condition_table import alone, condition_table, costs, tabulate
-from mechicl.analysis.factors import factor_shares, pooled
-from mechicl.analysis.mixed_effects import fit, long_table, mixed_effects
+from mechicl.analysis.shift.condition_table import alone, condition_table, costs, tabulate
+from mechicl.analysis.shift.factors import factor_shares, pooled
+from mechicl.analysis.shift.mixed_effects import fit, long_table, mixed_effects
 from mechicl.analysis.statistics import mean_estimate, wilson
 from mechicl.errors import OptionError
 from mechicl.models.planted import planted_induction, untrained
-from mechicl.models.toy_prompts import toy_episodes
+from mechicl.models.toys.prompts import toy_episodes
 from mechicl.results import FactorShares, Provenance
 
 CONDITIONS = ("kept+kept", "kept+label first", "other class+kept", "other class+label first")

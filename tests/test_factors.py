@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import mechicl
-from mechicl.analysis.factors import factor_shares
-from mechicl.analysis.shares import decompose
+from mechicl.analysis.shift.factors import factor_shares
+from mechicl.analysis.shift.shares import decompose
 from mechicl.data import concepts
 from mechicl.data.gaussian import UnimodalTask, draw
 from mechicl.errors import EpisodeError, OptionError
 from mechicl.models.planted import planted_induction, planted_vectors, untrained
-from mechicl.models.toy_prompts import ToyRenderer, toy_episodes
+from mechicl.models.toys.prompts import ToyRenderer, toy_episodes
 from mechicl.models.vlm import HookedVLM
 from mechicl.prompts.conditions import cross, crossing
 from mechicl.prompts.episode import Episode, Shot
@@ -180,7 +180,7 @@ def test_layers_read_a_few_at_a_time_give_the_same_shares(monkeypatch: pytest.Mo
     model = hooked("qwen2_5_vl", organism)
     episodes = concepts.draw(2, classes=2, shots=1, size=28, seed=3)
     whole = factor_shares(model, episodes, **FAST)
-    monkeypatch.setattr("mechicl.analysis.factor_runs.MOST_BYTES", 1)
+    monkeypatch.setattr("mechicl.analysis.shift.factor_runs.MOST_BYTES", 1)
     parts = factor_shares(model, episodes, **FAST)
     assert whole.layers == parts.layers == tuple(range(model.cfg.n_layers))
     for name in whole.sources:

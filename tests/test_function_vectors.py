@@ -11,13 +11,13 @@ import torch
 
 import mechicl
 from mechicl.analysis.agreement import head_overlap
-from mechicl.analysis.function_vector_effects import _bundle, add_function_vector
-from mechicl.analysis.function_vectors import function_vector, function_vector_scores, last_outputs, shuffle
-from mechicl.analysis.heads import score_heads
+from mechicl.analysis.heads.scoring import score_heads
+from mechicl.analysis.readout.function_vector_effects import _bundle, add_function_vector
+from mechicl.analysis.readout.function_vectors import function_vector, function_vector_scores, last_outputs, shuffle
 from mechicl.data.concepts import draw
 from mechicl.errors import EpisodeError, HeadIndexError, OptionError, UnsupportedModelError
 from mechicl.models.planted import Planted, planted_induction, untrained
-from mechicl.models.toy_prompts import toy_episodes
+from mechicl.models.toys.prompts import toy_episodes
 from mechicl.models.vlm import HookedVLM
 from mechicl.prompts.episode import Episode
 from mechicl.training.organisms import build

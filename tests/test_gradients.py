@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mechicl.analysis.agreement import agree, chance_overlap, choose, correlation, head_overlap, ranks
-from mechicl.analysis.gradients import frozen, slopes, values
+from mechicl.analysis.gradients.backward import frozen, slopes, values
 from mechicl.errors import HookNameError, NotFiniteError, OptionError
 from mechicl.models.planted import untrained
-from mechicl.models.toy import ToyTransformer, toy_config
+from mechicl.models.toys.model import ToyTransformer, toy_config
 from mechicl.models.vlm import HookedVLM
 from mechicl.results import Score
 from mechicl.training.organisms import build

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mechicl.analysis.growth import grow, load_series, save_series, series
+from mechicl.analysis.trainings.growth import grow, load_series, save_series, series
 from mechicl.errors import CheckpointError, OptionError, OutputPathError
 from mechicl.models.planted import planted_induction
-from mechicl.models.toy_prompts import toy_episodes
+from mechicl.models.toys.prompts import toy_episodes
 from mechicl.results import Estimate, Provenance, Series
 
 

@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from readout_cases import ADDITIVE, NOT_ADDITIVE, episodes, hooked
 
-from mechicl.analysis.copying import copying, positive_share
-from mechicl.analysis.head_circuits import head_circuits
-from mechicl.analysis.qk_match import _deal_spread
-from mechicl.analysis.rotation import recover
+from mechicl.analysis.readout.copying import copying, positive_share
+from mechicl.analysis.readout.head_circuits import head_circuits
+from mechicl.analysis.readout.qk_match import _deal_spread
+from mechicl.analysis.readout.rotation import recover
 from mechicl.data.gaussian import UnimodalTask, draw
 from mechicl.errors import EmptySpanError, HeadIndexError, OptionError, UnsupportedModelError
 from mechicl.models.planted import planted_induction, planted_vectors, untrained
-from mechicl.models.positions import turn, turn_interleaved_bug
-from mechicl.models.toy_prompts import ToyRenderer, toy_batch
+from mechicl.models.toys.positions import turn, turn_interleaved_bug
+from mechicl.models.toys.prompts import ToyRenderer, toy_batch
 from mechicl.prompts.vectors import to_batch
 
 QUIET: dict[str, Any] = {"progress": False, "n_random": 20}

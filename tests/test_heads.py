@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-import mechicl.analysis.heads as heads_module
-from mechicl.analysis.heads import DEFAULT_SCORES, attention_by_role, score_heads
-from mechicl.analysis.nulls import shuffled_null, shuffles
-from mechicl.analysis.scores import SCORES
+import mechicl.analysis.heads.scoring as heads_module
+from mechicl.analysis.heads.named import SCORES
+from mechicl.analysis.heads.nulls import shuffled_null, shuffles
+from mechicl.analysis.heads.scoring import DEFAULT_SCORES, attention_by_role, score_heads
 from mechicl.errors import EpisodeError, NotFiniteError, OptionError, UnsupportedModelError
 from mechicl.models.planted import Planted, planted_induction, untrained
-from mechicl.models.toy import ToyTransformer
-from mechicl.models.toy_prompts import ToyRenderer, toy_batch, toy_episodes
+from mechicl.models.toys.model import ToyTransformer
+from mechicl.models.toys.prompts import ToyRenderer, toy_batch, toy_episodes
 from mechicl.prompts.batch import Batch
 from mechicl.prompts.episode import Episode, Shot
 from mechicl.prompts.spans import NO_SHOT, QUERY, Span

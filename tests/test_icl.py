@@ -11,8 +11,8 @@ from mechicl.analysis.icl import icl_accuracy
 from mechicl.analysis.labels import check_score, label_logprobs, margins, predict
 from mechicl.errors import EpisodeError, NotFiniteError, OptionError, RenderError
 from mechicl.models.planted import Planted, planted_induction, untrained
-from mechicl.models.toy import ToyTransformer
-from mechicl.models.toy_prompts import ToyRenderer, toy_batch, toy_episodes
+from mechicl.models.toys.model import ToyTransformer
+from mechicl.models.toys.prompts import ToyRenderer, toy_batch, toy_episodes
 from mechicl.prompts.batch import Batch
 from mechicl.prompts.episode import Episode, Shot
 

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from mechicl.analysis.ablation import ablate
-from mechicl.analysis.knockouts import FIRST, INDUCTION, PREVIOUS, SECOND, find, knock_out_table, over_models, sequences
+from mechicl.analysis.ablation.ablate import ablate
+from mechicl.analysis.ablation.knockouts import FIRST, INDUCTION, PREVIOUS, SECOND, find, knock_out_table, over_models, sequences
 from mechicl.data.gaussian import MultimodalTask, UnimodalTask, chance
 from mechicl.errors import OptionError
 from mechicl.models.planted import Planted, planted_vectors
-from mechicl.models.toy import ToyTransformer
-from mechicl.models.toy_presets import preset
+from mechicl.models.toys.model import ToyTransformer
+from mechicl.models.toys.presets import preset
 from mechicl.results import KnockOutTable
 
 ONE = UnimodalTask(K=64, L=16, N=4, D=64, B=2, n_novel=16)

@@ -11,13 +11,13 @@ from conftest import unchecked
 from torch import Tensor
 
 import mechicl
-from mechicl.analysis.kv_read import KVRows, Rows, read_kv, rows_of
+from mechicl.analysis.shift.read import KVRows, Rows, read_kv, rows_of
 from mechicl.data import concepts
 from mechicl.errors import EmptySpanError, NotFiniteError, OptionError, UnsupportedModelError
 from mechicl.models.planted import untrained
-from mechicl.models.toy_config import toy_config
-from mechicl.models.toy_parts import ToyBlock
-from mechicl.models.toy_prompts import ToyRenderer, ToyVocabulary, toy_batch
+from mechicl.models.toys.config import toy_config
+from mechicl.models.toys.parts import ToyBlock
+from mechicl.models.toys.prompts import ToyRenderer, ToyVocabulary, toy_batch
 from mechicl.models.vlm import HookedVLM
 from mechicl.prompts.align import span_groups
 from mechicl.prompts.batch import Batch

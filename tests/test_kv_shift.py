@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mechicl
-from mechicl.analysis.kv_measures import cka_interval, linear_cka, token_shift
-from mechicl.analysis.kv_read import read_kv
-from mechicl.analysis.kv_shift import kv_shift
+from mechicl.analysis.shift.kv_shift import kv_shift
+from mechicl.analysis.shift.measures import cka_interval, linear_cka, token_shift
+from mechicl.analysis.shift.read import read_kv
 from mechicl.data import concepts
 from mechicl.data.gaussian import MultimodalTask, Task, UnimodalTask, draw
 from mechicl.errors import ContextLengthError, EmptySpanError, EpisodeError, OptionError, UnsupportedModelError
 from mechicl.models.planted import planted_induction, planted_vectors, untrained
-from mechicl.models.toy_prompts import ToyRenderer, ToyVocabulary, toy_episodes
+from mechicl.models.toys.prompts import ToyRenderer, ToyVocabulary, toy_episodes
 from mechicl.models.vlm import HookedVLM
 from mechicl.prompts.align import span_groups
 from mechicl.prompts.batch import Batch

@@ -17,13 +17,13 @@ from scipy import stats
 
 import mechicl
 from mechicl.analysis.effect_sizes import paired_effect
-from mechicl.analysis.similarity import _both, similarity_test
+from mechicl.analysis.shift.similarity import _both, similarity_test
 from mechicl.data import concepts
 from mechicl.data.gaussian import UnimodalTask, draw, world
 from mechicl.errors import EpisodeError, OptionError
 from mechicl.models.planted import untrained
-from mechicl.models.toy import ToyTransformer, toy_config
-from mechicl.models.toy_prompts import toy_episodes
+from mechicl.models.toys.model import ToyTransformer, toy_config
+from mechicl.models.toys.prompts import toy_episodes
 from mechicl.prompts.episode import Episode, Shot
 from mechicl.prompts.vectors import VectorRenderer, to_batch
 from mechicl.results import SimilarityEffect

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 import mechicl
-from mechicl.analysis import kv_story, study
-from mechicl.analysis.kv_story import KVPlan, examples_story, kv_cost, mixed, pool_of
+from mechicl.analysis import study
+from mechicl.analysis.shift import story as kv_story
+from mechicl.analysis.shift.story import KVPlan, examples_story, kv_cost, mixed, pool_of
 from mechicl.data import concepts
 from mechicl.errors import EpisodeError
 from mechicl.models.planted import planted_induction
-from mechicl.models.toy_prompts import toy_episodes
+from mechicl.models.toys.prompts import toy_episodes
 from mechicl.models.vlm import HookedVLM
 from mechicl.results import KVStory
 from mechicl.views.kv_sections import kv_blocks

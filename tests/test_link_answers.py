@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mechicl.analysis.link_answers import How, ask, both_names, can_write, outcome, overlapping, write, written_alone
+from mechicl.analysis.link.answers import How, ask, both_names, can_write, outcome, overlapping, write, written_alone
 from mechicl.data import concepts
 from mechicl.errors import NotFiniteError, OptionError
 from mechicl.models.vlm import HookedVLM

@@ -13,8 +13,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import mechicl
-from mechicl.analysis.link_eval import evaluate_link
-from mechicl.analysis.link_rename import link_or_prior
+from mechicl.analysis.link.evaluate import evaluate_link
+from mechicl.analysis.link.rename import link_or_prior
 from mechicl.cli import app
 from mechicl.cli.eval import parse_shots
 from mechicl.data import concepts

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 
 from mechicl.analysis.icl import icl_accuracy
-from mechicl.analysis.link_eval import at_shots, compare_links, evaluate_link, link_cost, link_questions, link_tasks
+from mechicl.analysis.link.evaluate import at_shots, compare_links, evaluate_link, link_cost, link_questions, link_tasks
 from mechicl.data import concepts
 from mechicl.data.link_context import SHORT, Pool, generated_pool
 from mechicl.data.neighbours import Neighbours
@@ -205,8 +205,8 @@ def test_tables_have_every_number(real: HookedVLM, pool: Pool) -> None:
 KILLED = """
 import os, signal, sys
 import torch; torch.set_num_threads(1)
-from mechicl.analysis import link_settings
-from mechicl.analysis.link_eval import evaluate_link
+from mechicl.analysis.link import settings as link_settings
+from mechicl.analysis.link.evaluate import evaluate_link
 from mechicl.data.link_context import SHORT, generated_pool
 from mechicl.models.vlm import HookedVLM
 from mechicl.training.organisms import build
@@ -233,7 +233,7 @@ def test_a_run_killed_outright_loses_the_batch_in_flight_only(
     assert [len(json.loads(line)["rows"]) for line in lines] == [3, 3, 2]  # three batches; the fourth was in flight
     with (folder / "answers.jsonl").open("a") as file:
         file.write('{"setting": "1 shot", "rows": [0, 1')  # a line that the crash cut off
-    from mechicl.analysis import link_settings
+    from mechicl.analysis.link import settings as link_settings
 
     seen: list[int] = []
     inner = link_settings.ask

@@ -16,7 +16,7 @@ from scipy.spatial.distance import cosine
 from scipy.stats import wilcoxon
 
 import mechicl
-from mechicl.analysis.link_neighbours import class_neighbours, class_vectors
+from mechicl.analysis.link.neighbours import class_neighbours, class_vectors
 from mechicl.data.isekai_made import generated_pool
 from mechicl.data.link_context import link_episodes
 from mechicl.data.link_pool import LinkClass, Pool

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 import mechicl
-from mechicl.analysis.link_prior import GREY, corrupt_labels, informative_position, label_corruption
-from mechicl.analysis.link_rename import link_or_prior, rename
+from mechicl.analysis.link.prior import GREY, corrupt_labels, informative_position, label_corruption
+from mechicl.analysis.link.rename import link_or_prior, rename
 from mechicl.analysis.statistics import holm
 from mechicl.data import concepts
 from mechicl.data.compose import INSTRUCTION, QUESTION

@@ -11,11 +11,11 @@ import torch
 from readout_cases import episodes, hooked
 
 from mechicl.analysis.kinds import KINDS, kind_masks
-from mechicl.analysis.logit_lens import logit_lens, word
+from mechicl.analysis.readout.logit_lens import logit_lens, word
 from mechicl.errors import EmptySpanError, EpisodeError, NotFiniteError, OptionError, UnsupportedModelError
 from mechicl.models.planted import planted_induction, untrained
-from mechicl.models.toy import ToyTransformer, toy_config
-from mechicl.models.toy_prompts import ToyRenderer, toy_batch, toy_episodes
+from mechicl.models.toys.model import ToyTransformer, toy_config
+from mechicl.models.toys.prompts import ToyRenderer, toy_batch, toy_episodes
 from mechicl.training.organisms import FAMILIES
 
 QUIET: dict[str, Any] = {"progress": False}
@@ -160,7 +160,7 @@ def test_a_nan_is_an_error_that_names_the_episode() -> None:
 
 
 def test_the_kinds_are_those_of_attention_by_role() -> None:
-    from mechicl.analysis.heads import attention_by_role
+    from mechicl.analysis.heads.scoring import attention_by_role
 
     model, data = hooked("qwen2_5_vl"), episodes(3)
     assert set(attention_by_role(model, data, **QUIET).spans) <= {*KINDS, "question"}

@@ -16,21 +16,21 @@ from readout_cases import episodes, hooked
 from sklearn.metrics import roc_auc_score
 
 import mechicl
-from mechicl.analysis.margin import contrast_margin
-from mechicl.analysis.margin_read import distances
-from mechicl.analysis.margin_training import margin_series
+from mechicl.analysis.margin.contrast import contrast_margin
+from mechicl.analysis.margin.read import distances
+from mechicl.analysis.margin.training import margin_series
 from mechicl.analysis.predictive import area_change, areas, best_held_out, spearman, why_no_auroc
 from mechicl.data import concepts
 from mechicl.data.gaussian import MultimodalTask, UnimodalTask, draw
 from mechicl.errors import EmptySpanError, EpisodeError, HeadIndexError, NotFiniteError, OptionError, UnsupportedModelError
 from mechicl.models.planted import planted_induction, planted_vectors, untrained
-from mechicl.models.toy_prompts import toy_batch
+from mechicl.models.toys.prompts import toy_batch
 from mechicl.prompts.disturb import disturb_images
 from mechicl.prompts.spans import QUERY
 from mechicl.prompts.vectors import to_batch
 from mechicl.training.organisms import FAMILIES
-from mechicl.training.toy import load_toy, train_toy
-from mechicl.training.toy_recipe import recipe
+from mechicl.training.toys.recipe import recipe
+from mechicl.training.toys.train import load_toy, train_toy
 
 QUIET: dict[str, Any] = {"progress": False, "n_null": 200}
 

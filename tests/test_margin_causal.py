@@ -11,12 +11,12 @@ import torch
 from conftest import unchecked
 from readout_cases import episodes, hooked
 
-from mechicl.analysis.margin import contrast_margin
-from mechicl.analysis.margin_causal import move_margin
+from mechicl.analysis.margin.causal import move_margin
+from mechicl.analysis.margin.contrast import contrast_margin
 from mechicl.data.gaussian import UnimodalTask, draw
 from mechicl.errors import EmptySpanError, EpisodeError, HeadIndexError, OptionError, UnsupportedModelError
 from mechicl.models.planted import planted_induction, planted_vectors, untrained
-from mechicl.models.toy_prompts import toy_batch
+from mechicl.models.toys.prompts import toy_batch
 from mechicl.prompts.vectors import to_batch
 from mechicl.training.organisms import FAMILIES
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mechicl.analysis import measures
+from mechicl.analysis.heads import measures
 from mechicl.errors import EmptySpanError, OptionError
 
 YES, NO = True, False

@@ -11,13 +11,13 @@ import torch
 
 import mechicl
 from mechicl.analysis.labels import label_logprobs
-from mechicl.analysis.metrics import contrast
-from mechicl.analysis.patching import patch
+from mechicl.analysis.patching.metrics import contrast
+from mechicl.analysis.patching.patch import patch
 from mechicl.analysis.statistics import ratio_interval, sign_flip_p
 from mechicl.data import concepts
 from mechicl.errors import EpisodeError, NotFiniteError, OptionError
 from mechicl.models.planted import untrained
-from mechicl.models.toy_prompts import ToyRenderer, toy_episodes
+from mechicl.models.toys.prompts import ToyRenderer, toy_episodes
 from mechicl.prompts.batch import Batch
 from mechicl.prompts.corrupt import Pairs, minimal_pairs
 from mechicl.prompts.episode import Episode, Shot

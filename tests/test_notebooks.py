@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 from nbclient import NotebookClient
 
-from mechicl.training.cells import axis_names, cells, read_spec
-from mechicl.training.sweep_work import resolve
+from mechicl.training.sweeps.cells import axis_names, cells, read_spec
+from mechicl.training.sweeps.work import resolve
 
 ROOT = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(ROOT.glob("*.ipynb"))

@@ -15,21 +15,21 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mechicl.analysis import patch_run
-from mechicl.analysis.patching import patch
+from mechicl.analysis.patching import run as patch_run
+from mechicl.analysis.patching.patch import patch
 from mechicl.errors import CheckpointError, OutputPathError
 from mechicl.models.planted import planted_induction
-from mechicl.models.toy_prompts import toy_episodes
+from mechicl.models.toys.prompts import toy_episodes
 from mechicl.prompts.corrupt import Pairs, minimal_pairs
 
 QUIET: dict[str, Any] = {"progress": False, "n_permutations": 100}
 
 SCRIPT = """
 import sys, time
-from mechicl.analysis import patch_engine
-from mechicl.analysis.patching import patch
+from mechicl.analysis.patching import engine as patch_engine
+from mechicl.analysis.patching.patch import patch
 from mechicl.models.planted import planted_induction
-from mechicl.models.toy_prompts import toy_episodes
+from mechicl.models.toys.prompts import toy_episodes
 from mechicl.prompts.corrupt import minimal_pairs
 run = patch_engine.Base.run
 def slowly(self, cells, read):

@@ -15,13 +15,14 @@ import torch
 from transformer_lens import patching as theirs
 
 import mechicl
-from mechicl.analysis import patch_job, patch_run
-from mechicl.analysis.patch_cells import SITES
-from mechicl.analysis.patching import cost, patch, print_cost
+from mechicl.analysis.patching import job as patch_job
+from mechicl.analysis.patching import run as patch_run
+from mechicl.analysis.patching.cells import SITES
+from mechicl.analysis.patching.patch import cost, patch, print_cost
 from mechicl.data import concepts
 from mechicl.errors import EpisodeError, OptionError, UnsupportedModelError
 from mechicl.models.planted import planted_induction, untrained
-from mechicl.models.toy_prompts import toy_episodes
+from mechicl.models.toys.prompts import toy_episodes
 from mechicl.models.vlm import HookedVLM
 from mechicl.prompts.corrupt import Pairs, minimal_pairs
 

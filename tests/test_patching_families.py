@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mechicl.analysis.patching import patch
+from mechicl.analysis.patching.patch import patch
 from mechicl.data import concepts
 from mechicl.models.vlm import HookedVLM
 from mechicl.prompts.corrupt import minimal_pairs

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechicl.analysis.metrics import contrast
-from mechicl.analysis.path_runs import Runs, _Sweep
-from mechicl.analysis.paths import path_patch
+from mechicl.analysis.patching.metrics import contrast
+from mechicl.analysis.patching.path_runs import Runs, _Sweep
+from mechicl.analysis.patching.paths import path_patch
 from mechicl.data.concepts import draw
 from mechicl.errors import EpisodeError, OptionError, UnsupportedModelError
 from mechicl.models.edge_graph import EdgeGraph
 from mechicl.models.planted import planted_induction, untrained
 from mechicl.models.programs import Program, programs
-from mechicl.models.toy import ToyTransformer
-from mechicl.models.toy_prompts import ToyRenderer, toy_episodes
+from mechicl.models.toys.model import ToyTransformer
+from mechicl.models.toys.prompts import ToyRenderer, toy_episodes
 from mechicl.models.vlm import HookedVLM
 from mechicl.prompts.batch import Batch
 from mechicl.prompts.corrupt import Pairs, minimal_pairs

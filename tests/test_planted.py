@@ -8,8 +8,8 @@ import torch
 from mechicl.errors import EpisodeError, HookNameError, OptionError, RenderError
 from mechicl.models.hooked import HookedModel
 from mechicl.models.planted import planted_induction, untrained
-from mechicl.models.toy import ToyTransformer, rotate, toy_config
-from mechicl.models.toy_prompts import ToyRenderer, ToyVocabulary, toy_batch, toy_episodes
+from mechicl.models.toys.model import ToyTransformer, rotate, toy_config
+from mechicl.models.toys.prompts import ToyRenderer, ToyVocabulary, toy_batch, toy_episodes
 from mechicl.prompts.episode import Episode, Shot
 
 

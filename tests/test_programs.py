@@ -12,7 +12,7 @@ from mechicl.analysis.icl import icl_accuracy
 from mechicl.errors import OptionError
 from mechicl.models.planted import untrained
 from mechicl.models.programs import Program, conditional, induction, programs, two_back
-from mechicl.models.toy import ToyTransformer
+from mechicl.models.toys.model import ToyTransformer
 from mechicl.prompts.batch import Batch
 from mechicl.prompts.corrupt import Pairs, layout
 from mechicl.results.nodes import Edge, Receiver, Sender, edges, receivers, senders

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mechicl.analysis.patching import patch
+from mechicl.analysis.patching.patch import patch
 from mechicl.data import concepts
 from mechicl.data.gaussian import MultimodalTask, UnimodalTask, draw
 from mechicl.errors import EpisodeError, OptionError
 from mechicl.models.planted import planted_vectors
-from mechicl.models.toy_prompts import ToyRenderer, toy_batch, toy_episodes
+from mechicl.models.toys.prompts import ToyRenderer, toy_batch, toy_episodes
 from mechicl.prompts.align import align, fit, span_groups
 from mechicl.prompts.corrupt import minimal_pairs
 from mechicl.prompts.disturb import disturb_images, reformats, vector_pairs, wrong_exemplar

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mechicl.data import concepts
 from mechicl.data.gaussian import MultimodalTask, UnimodalTask, draw
 from mechicl.errors import EpisodeError, OptionError, RenderError
-from mechicl.models.toy_prompts import ToyRenderer, toy_episodes
+from mechicl.models.toys.prompts import ToyRenderer, toy_episodes
 from mechicl.prompts.conditions import cross, crossing, factor, query_spans, query_tokens, unchanged
 from mechicl.prompts.episode import Episode, Shot
 from mechicl.prompts.form import Form

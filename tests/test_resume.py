@@ -16,10 +16,11 @@ from mechicl.data.concepts import draw
 from mechicl.data.gaussian import MultimodalTask
 from mechicl.data.gaussian import draw as draw_vectors
 from mechicl.errors import HookNameError, HookNotFiredError, OptionError, UnsupportedModelError
-from mechicl.models import resume_attention, resume_memory
 from mechicl.models.planted import planted_vectors
-from mechicl.models.resume import Cell, Recorded, record, run_cells
-from mechicl.models.toy import ToyTransformer, toy_config
+from mechicl.models.resuming import attention as resume_attention
+from mechicl.models.resuming import memory as resume_memory
+from mechicl.models.resuming.resume import Cell, Recorded, record, run_cells
+from mechicl.models.toys.model import ToyTransformer, toy_config
 from mechicl.models.vlm import HookedVLM
 from mechicl.prompts.vectors import to_batch
 from mechicl.training.organisms import FAMILIES, build

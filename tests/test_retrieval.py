@@ -14,7 +14,7 @@ from conftest import LABELS, gen, picture, unchecked
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mechicl.analysis.retrieval import choose, embed, retrieve, same_items, similarities
+from mechicl.analysis.examples.retrieval import choose, embed, retrieve, same_items, similarities
 from mechicl.data import concepts
 from mechicl.data.gaussian import draw as draw_vectors
 from mechicl.data.toy_tasks import UnimodalTask
@@ -22,7 +22,7 @@ from mechicl.errors import CheckpointError, EpisodeError, NotFiniteError, Option
 from mechicl.models.embeddings import ClipEmbedder, Embeddings, OwnEmbedder, load_clip
 from mechicl.models.load import load
 from mechicl.models.planted import untrained
-from mechicl.models.toy import ToyTransformer, toy_config
+from mechicl.models.toys.model import ToyTransformer, toy_config
 from mechicl.models.vlm import HookedVLM
 from mechicl.prompts.episode import Episode, Shot
 from mechicl.prompts.vectors import VectorRenderer, episodes

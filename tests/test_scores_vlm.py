@@ -10,8 +10,8 @@ from conftest import LABELS, picture
 from PIL import Image
 from torch import Tensor
 
-from mechicl.analysis.ablation import ablate
-from mechicl.analysis.heads import attention_by_role, score_heads
+from mechicl.analysis.ablation.ablate import ablate
+from mechicl.analysis.heads.scoring import attention_by_role, score_heads
 from mechicl.analysis.icl import icl_accuracy
 from mechicl.models.vlm import HookedVLM
 from mechicl.prompts.episode import Episode, Shot

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mechicl.analysis.shares import arrangements, decompose, gram, ratio_of_sums, shapley_values, source_matrices
+from mechicl.analysis.shift.shares import arrangements, decompose, gram, ratio_of_sums, shapley_values, source_matrices
 from mechicl.errors import EpisodeError, OptionError
 
 NAMES = ("semantics", "format")

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 import mechicl
+from mechicl.analysis.ablation.span_blocks import Cells, cells, random_cells
+from mechicl.analysis.ablation.span_knockouts import span_knockout
 from mechicl.analysis.icl import icl_accuracy
-from mechicl.analysis.span_blocks import Cells, cells, random_cells
-from mechicl.analysis.span_knockouts import span_knockout
 from mechicl.data.concepts import draw
 from mechicl.errors import EmptySpanError, OptionError, UnsupportedModelError
 from mechicl.models.blocked import windows
 from mechicl.models.planted import planted_induction, untrained
-from mechicl.models.toy_prompts import ToyRenderer, toy_batch, toy_episodes
+from mechicl.models.toys.prompts import ToyRenderer, toy_batch, toy_episodes
 from mechicl.models.vlm import HookedVLM
 from mechicl.results import SpanKnockOuts
 

@@ -10,7 +10,7 @@ from conftest import example_batch
 from mechicl.errors import OptionError, UnsupportedModelError
 from mechicl.models import streams
 from mechicl.models.planted import untrained
-from mechicl.models.toy import ToyTransformer, toy_config
+from mechicl.models.toys.model import ToyTransformer, toy_config
 from mechicl.models.vlm import HookedVLM
 from mechicl.training.organisms import FAMILIES, build
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from mechicl.analysis.effects import head_effects
+from mechicl.analysis.ablation.effects import head_effects
 from mechicl.analysis.prompts import prompt_view
 from mechicl.analysis.study import discover, doses, find_and_prove
 from mechicl.data import concepts
 from mechicl.errors import EpisodeError, OptionError
 from mechicl.models.planted import Planted, planted_induction, untrained
-from mechicl.models.toy_prompts import ToyRenderer, ToyVocabulary, toy_episodes
+from mechicl.models.toys.prompts import ToyRenderer, ToyVocabulary, toy_episodes
 from mechicl.models.vlm import HookedVLM
 from mechicl.prompts.episode import Episode
 from mechicl.results import Score, Study

@@ -18,8 +18,8 @@ from mechicl.models.edge_graph import EdgeGraph
 from mechicl.models.programs import induction, programs
 from mechicl.models.subgraph import run_sets, run_subgraph
 from mechicl.models.subgraph_pairs import mean_runs, paired_runs
-from mechicl.models.toy import ToyTransformer, toy_config
-from mechicl.models.toy_prompts import ToyRenderer, toy_episodes
+from mechicl.models.toys.model import ToyTransformer, toy_config
+from mechicl.models.toys.prompts import ToyRenderer, toy_episodes
 from mechicl.models.vlm import HookedVLM
 from mechicl.prompts.corrupt import Pairs, minimal_pairs
 from mechicl.results import Edge, Receiver, Sender

@@ -19,10 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mechicl.errors import CheckpointError, DeviceError, OptionError, OutputPathError
-from mechicl.training import sweep
-from mechicl.training.cells import axis_names, cells, digest, groups, read_spec
 from mechicl.training.runs import write_bytes
-from mechicl.training.sweep_store import Store
+from mechicl.training.sweeps import sweep
+from mechicl.training.sweeps.cells import axis_names, cells, digest, groups, read_spec
+from mechicl.training.sweeps.store import Store
 
 HERE = Path(__file__).parent
 SPEC: dict[str, Any] = {"preset": "cpu", "seeds": 2, "set": {"steps": 3}, "grid": {"K": [64, 128], "alpha": [0.0, 1.0]}}
@@ -270,7 +270,7 @@ def test_files_that_a_kill_left_half_written_do_no_harm(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_told_and_what_was_finished_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mechicl.training import sweep_store
+    from mechicl.training.sweeps import store as sweep_store
 
     kept: list[Path] = []
 
@@ -301,7 +301,7 @@ def test_an_interrupted_sweep_leaves_its_table_and_no_worker(tmp_path: Path, mon
 
     keep, popen = Store.write, subprocess.Popen
     monkeypatch.setattr(Store, "write", write)
-    monkeypatch.setattr("mechicl.training.sweep_local.subprocess.Popen", lambda *a, **k: processes.append(popen(*a, **k)) or processes[-1])
+    monkeypatch.setattr("mechicl.training.sweeps.local.subprocess.Popen", lambda *a, **k: processes.append(popen(*a, **k)) or processes[-1])
     with pytest.raises(KeyboardInterrupt):
         run({**SPEC, "group": False}, tmp_path / "out", workers=workers)
     assert sweep.load(tmp_path / "out")["cell"].nunique() == 2

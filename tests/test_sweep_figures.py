@@ -7,8 +7,8 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from mechicl.analysis.bands import runs_estimate, seed_bands
-from mechicl.analysis.change_points import emergence
+from mechicl.analysis.trainings.bands import runs_estimate, seed_bands
+from mechicl.analysis.trainings.change_points import emergence
 from mechicl.errors import OptionError
 from mechicl.results import Correlations, Estimate, Forest, KnockOut, KnockOutTable
 from mechicl.views.plots import plot, plot_sweep

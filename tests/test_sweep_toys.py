@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 
 from mechicl.cli import app
 from mechicl.errors import OptionError
-from mechicl.training import sweep
-from mechicl.training.cells import cells, read_spec
 from mechicl.training.runs import same_tensors
-from mechicl.training.sweep_cost import outlook
-from mechicl.training.sweep_work import alike, resolve
-from mechicl.training.toy import load_toy, train_toy
-from mechicl.training.toy_recipe import ToyRecipe, recipe
+from mechicl.training.sweeps import sweep
+from mechicl.training.sweeps.cells import cells, read_spec
+from mechicl.training.sweeps.cost import outlook
+from mechicl.training.sweeps.work import alike, resolve
+from mechicl.training.toys.recipe import ToyRecipe, recipe
+from mechicl.training.toys.train import load_toy, train_toy
 
 TINY: dict[str, Any] = {"steps": 4, "points": 3, "probe_n": 16, "batch": 8, "D": 16, "L": 8}
 SPEC: dict[str, Any] = {"preset": "cpu", "seeds": 2, "set": TINY, "grid": {"K": [16, 32]}}
@@ -123,7 +123,7 @@ def test_kept_models_are_the_trained_ones_and_a_cell_in_flight_goes_on(tmp_path:
     # as after a kill: the runs have checkpoints, the cells no table
     for path in (tmp_path / "out" / "cells").iterdir():
         path.unlink()
-    monkeypatch.setattr("mechicl.training.toy._learn", lambda *_: pytest.fail("what is in the checkpoint is not trained again"))
+    monkeypatch.setattr("mechicl.training.toys.train._learn", lambda *_: pytest.fail("what is in the checkpoint is not trained again"))
     again = sweep.run(spec, tmp_path / "out", keep_models=True, progress=False)
     pd.testing.assert_frame_equal(again, table)
     for model, cell in whole:

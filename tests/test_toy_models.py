@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformer_lens import patching
 
-from mechicl.analysis.heads import score_heads
+from mechicl.analysis.heads.scoring import score_heads
 from mechicl.analysis.icl import icl_accuracy
 from mechicl.data.gaussian import MultimodalTask, UnimodalTask, draw
 from mechicl.errors import HookNameError, MissingInputError, OptionError, UnsupportedModelError
 from mechicl.models.hooked import HookedModel
 from mechicl.models.planted import planted_vectors
-from mechicl.models.positions import (
+from mechicl.models.toys.config import Mlp, Positions
+from mechicl.models.toys.model import ToyTransformer, classify_with, second_positions, toy_config
+from mechicl.models.toys.positions import (
     alibi_slopes,
     draw_places,
     offset_share,
@@ -32,9 +34,7 @@ from mechicl.models.positions import (
     turn,
     turn_interleaved_bug,
 )
-from mechicl.models.toy import ToyTransformer, classify_with, second_positions, toy_config
-from mechicl.models.toy_config import Mlp, Positions
-from mechicl.models.toy_presets import PRESETS, preset
+from mechicl.models.toys.presets import PRESETS, preset
 from mechicl.prompts.vectors import to_batch
 
 POSITIONS: tuple[Positions, ...] = get_args(Positions)

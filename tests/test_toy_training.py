@@ -24,12 +24,12 @@ from typer.testing import CliRunner
 from mechicl.cli import app
 from mechicl.data.gaussian import UnimodalTask, layout
 from mechicl.errors import CheckpointError, DeviceError, NotFiniteError, OptionError, OutputPathError
-from mechicl.training import toy
-from mechicl.training.toy import load_toy, met, series, train_toy
-from mechicl.training.toy_build import build, encoder_batch, part_of, train_encoder
-from mechicl.training.toy_feed import Feed
-from mechicl.training.toy_measure import attention_measures, measure, probes
-from mechicl.training.toy_recipe import PRESETS, ToyRecipe, from_words, measuring_steps, parse_stop, recipe, set_fields, together_key
+from mechicl.training.toys import train as toy
+from mechicl.training.toys.build import build, encoder_batch, part_of, train_encoder
+from mechicl.training.toys.feed import Feed
+from mechicl.training.toys.measure import attention_measures, measure, probes
+from mechicl.training.toys.recipe import PRESETS, ToyRecipe, from_words, measuring_steps, parse_stop, recipe, set_fields, together_key
+from mechicl.training.toys.train import load_toy, met, series, train_toy
 
 TINY: dict[str, Any] = {"K": 32, "L": 4, "D": 8, "N": 4, "B": 2, "batch": 8, "steps": 60, "points": 5, "probe_n": 16, "n_novel": 16}
 TWO: dict[str, Any] = {
@@ -276,8 +276,9 @@ import torch
 torch.set_num_threads(1)
 from pathlib import Path
 from mechicl.errors import OutputPathError
-from mechicl.training import runs, toy
-from mechicl.training.toy_recipe import ToyRecipe
+from mechicl.training import runs
+from mechicl.training.toys import train as toy
+from mechicl.training.toys.recipe import ToyRecipe
 
 def train(job):
     toy.SAVE_SECONDS = 0.02

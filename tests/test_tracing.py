@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import unchecked
 
-from mechicl.analysis import tracing
-from mechicl.analysis.tracing import differs, stops, trace_answer
+from mechicl.analysis.circuits import tracing
+from mechicl.analysis.circuits.tracing import differs, stops, trace_answer
 from mechicl.errors import OptionError
 from mechicl.models.planted import Planted, planted_induction, untrained
-from mechicl.models.toy_prompts import ToyRenderer, ToyVocabulary, toy_episodes
+from mechicl.models.toys.prompts import ToyRenderer, ToyVocabulary, toy_episodes
 from mechicl.prompts.episode import Episode
 from mechicl.results import Trace
 from mechicl.views import trace_story

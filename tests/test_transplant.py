@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import mechicl
-from mechicl.analysis.transplant import transplant
+from mechicl.analysis.patching.transplant import transplant
 from mechicl.data import concepts
 from mechicl.errors import EmptySpanError, EpisodeError, OptionError
 from mechicl.models.planted import planted_induction, untrained
-from mechicl.models.toy_prompts import toy_episodes
+from mechicl.models.toys.prompts import toy_episodes
 from mechicl.prompts.corrupt import Pairs, minimal_pairs
 
 QUIET: dict[str, Any] = {"progress": False, "n_permutations": 2000}

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from mechicl.analysis.bands import over_runs
-from mechicl.analysis.trends import correlations, forest, models
+from mechicl.analysis.trainings.bands import over_runs
+from mechicl.analysis.trainings.trends import correlations, forest, models
 from mechicl.errors import OptionError
 
 

@@ -13,9 +13,9 @@ from conftest import unchecked
 from mechicl import ablate, icl_accuracy, score_heads
 from mechicl.data.gaussian import Draw, MultimodalTask, Task, UnimodalTask, chance, draw, draw_many, second_shape, world
 from mechicl.errors import EpisodeError, OptionError, RenderError
-from mechicl.models.encoders import build_encoder
 from mechicl.models.planted import Planted, planted_vectors
-from mechicl.models.toy import ToyTransformer, toy_config
+from mechicl.models.toys.encoders import build_encoder
+from mechicl.models.toys.model import ToyTransformer, toy_config
 from mechicl.prompts.corrupt import minimal_pairs
 from mechicl.prompts.episode import Episode, Shot
 from mechicl.prompts.vectors import VectorEpisode, VectorRenderer, VectorShot, episodes, to_batch

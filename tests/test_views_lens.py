@@ -10,9 +10,9 @@ import pytest
 import views_samples as samples
 from readout_cases import episodes, hooked
 
-from mechicl.analysis.direct_logits import direct_logits
-from mechicl.analysis.head_circuits import head_circuits
-from mechicl.analysis.logit_lens import logit_lens
+from mechicl.analysis.readout.direct_logits import direct_logits
+from mechicl.analysis.readout.head_circuits import head_circuits
+from mechicl.analysis.readout.logit_lens import logit_lens
 from mechicl.errors import HeadIndexError, OptionError
 from mechicl.results import HeadCircuits, LogitAttribution, LogitLens, PromptLens
 from mechicl.views.lens_pictures import patch_table

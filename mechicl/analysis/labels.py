@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mechicl.analysis.ablation.switches import Switches
 from mechicl.analysis.feed import Data, batches, labels_of, progress_bar, take
-from mechicl.analysis.switches import Switches
 from mechicl.errors import NotFiniteError, OptionError
 from mechicl.prompts.batch import Batch
 

@@ -14,17 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from mechicl.analysis.ablation import ablate, dose_curve
-from mechicl.analysis.effects import head_effects
+from mechicl.analysis.ablation.ablate import ablate, dose_curve
+from mechicl.analysis.ablation.effects import head_effects
+from mechicl.analysis.ablation.matched import matched_draws
+from mechicl.analysis.ablation.switches import How
+from mechicl.analysis.ablation.verdict import ALPHA, LEAST_CENSUS
+from mechicl.analysis.circuits.tracing import trace_answer
 from mechicl.analysis.feed import provenance
-from mechicl.analysis.heads import attention_by_role, score_heads
+from mechicl.analysis.heads.scoring import attention_by_role, score_heads
 from mechicl.analysis.icl import icl_accuracy
-from mechicl.analysis.kv_story import examples_story
-from mechicl.analysis.matched import matched_draws
 from mechicl.analysis.prompts import prompt_view
-from mechicl.analysis.switches import How
-from mechicl.analysis.tracing import trace_answer
-from mechicl.analysis.verdict import ALPHA, LEAST_CENSUS
+from mechicl.analysis.shift.story import examples_story
 from mechicl.errors import EpisodeError, OptionError
 from mechicl.prompts.corrupt import permute_labels
 from mechicl.prompts.episode import Episode, check_episodes

@@ -57,7 +57,7 @@ def adapt(
         general = "concepts"
     train, other = pools(pool, held_out, groups, size, seed)
     from mechicl.data.link_context import PUBLISHED, SHORT, link_episodes
-    from mechicl.training.adapt import adapt as run
+    from mechicl.training.adapting.adapt import adapt as run
 
     words = SHORT if plain else PUBLISHED
     watched = link_episodes(other, probe, shots=probe_shots, prompt=words, seed=seed + 1) if probe and other is not None else None
@@ -65,7 +65,7 @@ def adapt(
         typer.echo("No classes are held out, so nothing is measured. Name some with --held-out.", err=True)
     alike: Any = None
     if negatives == "hard":
-        from mechicl.analysis.link_neighbours import class_neighbours
+        from mechicl.analysis.link.neighbours import class_neighbours
         from mechicl.models.load import load
 
         alike = class_neighbours(train, load(model, device=device), per_class=16, seed=seed, progress=not quiet)

@@ -87,8 +87,8 @@ def lcl(
         "size": size,
         "seed": seed,
     }
-    from mechicl.analysis.link_eval import evaluate_link, link_cost, link_questions
-    from mechicl.analysis.link_prior import informative_position, label_corruption
+    from mechicl.analysis.link.evaluate import evaluate_link, link_cost, link_questions
+    from mechicl.analysis.link.prior import informative_position, label_corruption
 
     loaded = load_model(model, device, dtype, revision, trust_remote_code, quiet)
     common: dict[str, Any] = {"generate": write, "max_new_tokens": max_new_tokens, "batch_size": batch_size}

@@ -53,7 +53,7 @@ def heads(
     target = check_writable(out) if out is not None else None
     few = draw_episodes(task, episodes, classes, shots, size, seed)
     loaded = load_model(model, device, dtype, revision, trust_remote_code, quiet)
-    from mechicl.analysis.heads import score_heads
+    from mechicl.analysis.heads.scoring import score_heads
 
     scores = score_heads(loaded, few, seed=seed, batch_size=batch_size, task=task_name(task, classes, shots), progress=not quiet)
     typer.echo("score                   head     value  95 % interval     null   p (Holm)")
@@ -104,8 +104,8 @@ def ablate(
         _check_score(by)
     few = draw_episodes(task, episodes * (2 if top else 1), classes, shots, size, seed)
     loaded = load_model(model, device, dtype, revision, trust_remote_code, quiet)
-    from mechicl.analysis.ablation import ablate as switch_off
-    from mechicl.analysis.heads import score_heads
+    from mechicl.analysis.ablation.ablate import ablate as switch_off
+    from mechicl.analysis.heads.scoring import score_heads
     from mechicl.views.story import against_random, percent, points
     from mechicl.views.tables import ablation_frame
 
@@ -167,7 +167,7 @@ def parse_heads(text: str) -> tuple[tuple[int, int], ...]:
 
 
 def _check_score(name: str) -> None:
-    from mechicl.analysis.scores import SCORES
+    from mechicl.analysis.heads.named import SCORES
 
     if name not in SCORES:
         raise OptionError(f"by must be one of {', '.join(SCORES)}; got {name!r}. Pick one of them.")

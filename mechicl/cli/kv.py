@@ -62,7 +62,7 @@ def kv(
     folder = check_folder(out)
     few = draw_episodes(task, episodes, classes, shots, size, seed)
     loaded = load_model(model, device, dtype, revision, trust_remote_code, quiet)
-    from mechicl.analysis.kv_story import KVPlan, examples_story, kv_cost
+    from mechicl.analysis.shift.story import KVPlan, examples_story, kv_cost
 
     plan = KVPlan(control=control, filler=filler, spans=named, semantics=semantics, format=format, shares=factors, margin=margin, similarity=similarity,  # type: ignore[arg-type]
                   most_shift=episodes, most_shares=episodes, most_margin=episodes)  # fmt: skip
@@ -92,7 +92,7 @@ def _check(control: str, filler: str, spans: str | None, semantics: str, form: s
         OptionError: one of them is not among those that there are.
     """
     one_of("control", control, CONTROLS)
-    from mechicl.analysis.kv_shift import check_spans
+    from mechicl.analysis.shift.kv_shift import check_spans
     from mechicl.prompts.filler import Filler
     from mechicl.prompts.reform import BREAKS, FORMS
 

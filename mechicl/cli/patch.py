@@ -78,8 +78,8 @@ def patch(
     folder = check_folder(out)
     few = draw_episodes(task, episodes, classes, shots, size, seed, one_length=True)
     loaded = load_model(model, device, dtype, revision, trust_remote_code, quiet)
-    from mechicl.analysis.patching import cost
-    from mechicl.analysis.patching import patch as exchange
+    from mechicl.analysis.patching.patch import cost
+    from mechicl.analysis.patching.patch import patch as exchange
     from mechicl.prompts.corrupt import minimal_pairs
 
     found = minimal_pairs(loaded, few, pairs, seed=seed)  # type: ignore[arg-type]
@@ -151,7 +151,7 @@ def circuit(
     folder = check_folder(out)
     few = draw_episodes(task, episodes, classes, shots, size, seed, least=8, one_length=True)
     loaded = load_model(model, device, dtype, revision, trust_remote_code, quiet)
-    from mechicl.analysis.tracing import CircuitPlan, circuit_cost, search_circuit
+    from mechicl.analysis.circuits.tracing import CircuitPlan, circuit_cost, search_circuit
     from mechicl.prompts.corrupt import minimal_pairs
     from mechicl.results import Trace
     from mechicl.views.trace_story import circuit_sentence, trace_notes
@@ -200,7 +200,7 @@ def parse_layers(text: str | None) -> tuple[int, ...] | None:
 
 def _sites(text: str) -> list[str]:
     """Names of sites, each once; refused where there is none of that name."""
-    from mechicl.analysis.patch_cells import SITES
+    from mechicl.analysis.patching.cells import SITES
 
     found = [part.strip() for part in text.split(",") if part.strip()]
     if not found:
@@ -212,7 +212,7 @@ def _sites(text: str) -> list[str]:
 
 def _groups(sites: list[str], by: str | None) -> list[tuple[str, list[str]]]:
     """Sites that are patched in the same way, together: heads by head and the rest by span, unless one way is asked for."""
-    from mechicl.analysis.patch_cells import HEADS
+    from mechicl.analysis.patching.cells import HEADS
 
     if by is not None:
         return [(by, sites)]
@@ -221,7 +221,7 @@ def _groups(sites: list[str], by: str | None) -> list[tuple[str, list[str]]]:
 
 
 def _check_common(pairs: str, metric: str) -> None:
-    from mechicl.analysis.metrics import MetricName
+    from mechicl.analysis.patching.metrics import MetricName
     from mechicl.prompts.corrupt import How
 
     one_of("pairs", pairs, get_args(How))

@@ -29,11 +29,11 @@ def sweep(
     quiet: Quiet = False,
 ) -> None:
     """Train toys over a grid of settings and seeds. Killed, it goes on where it was; exit code 1 if a cell failed."""
-    from mechicl.training import sweep as sweeps
+    from mechicl.training.sweeps import sweep as sweeps
 
     workers = workers or sweeps.cores()
     if dry_run:
-        from mechicl.training.sweep_cost import outlook
+        from mechicl.training.sweeps.cost import outlook
 
         for line in outlook(spec, out, together=together, workers=workers, threads=threads, device=device):
             typer.echo(line)

@@ -45,7 +45,7 @@ def train_toy(
     quiet: Quiet = False,
 ) -> None:
     """Train a toy transformer on sequences of vectors and watch in-context learning grow."""
-    from mechicl.training.toy_recipe import from_words
+    from mechicl.training.toys.recipe import from_words
 
     chosen = from_words(preset, changes or (), seed=seed, stop=stop)
     if dry_run:
@@ -55,7 +55,7 @@ def train_toy(
         return
     if out is None:
         raise OptionError("out must be given; got none. Add --out FOLDER, or --dry-run to see the recipe.")
-    from mechicl.training.toy import train_toy as train
+    from mechicl.training.toys.train import train_toy as train
 
     run = train(chosen, out, resume=resume, progress=not quiet, threads=threads, device=device, compile=compiled)
     last = run.table.iloc[-1]

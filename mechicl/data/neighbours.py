@@ -1,6 +1,6 @@
 """Which classes are hard to tell from a class: similarity of names and pictures, ranked and cut into intervals.
 
-Vectors come from anybody: a CLIP-type model, a vision-language model's own tower (`mechicl.analysis.link_neighbours` reads both), or the user's arrays.
+Vectors come from anybody: a CLIP-type model, a vision-language model's own tower (`mechicl.analysis.link.neighbours` reads both), or the user's arrays.
 """
 
 from __future__ import annotations

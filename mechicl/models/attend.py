@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mechicl.errors import UnsupportedModelError
 from mechicl.models.anatomy import LayerAnatomy
-from mechicl.models.toy import ToyTransformer
+from mechicl.models.toys.model import ToyTransformer
 
 TOLERANCE = 1e-3
 """Largest difference between a called and a recorded head output, relative to the largest output (half precision: ten times this)."""

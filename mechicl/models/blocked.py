@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from mechicl.errors import HookNotFiredError, OptionError, UnsupportedModelError
 from mechicl.models.attention import AttentionCall, AttentionSession, attention_session
 from mechicl.models.hooked import check_heads
-from mechicl.models.toy import ToyTransformer
-from mechicl.models.toy_parts import Setting
+from mechicl.models.toys.model import ToyTransformer
+from mechicl.models.toys.parts import Setting
 from mechicl.results import Head
 
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from mechicl.data.gaussian import MultimodalTask, Task, layout, second_shape, world
 from mechicl.errors import OptionError
-from mechicl.models.toy import Positions, ToyBlock, ToyTransformer, toy_config
-from mechicl.models.toy_prompts import ToyRenderer
+from mechicl.models.toys.model import Positions, ToyBlock, ToyTransformer, toy_config
+from mechicl.models.toys.prompts import ToyRenderer
 from mechicl.prompts.vectors import VectorRenderer
 
 

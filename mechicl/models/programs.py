@@ -18,7 +18,7 @@ from mechicl.errors import OptionError
 from mechicl.models.planted import planted_induction
 from mechicl.models.programs_pairs import conditional_pairs, induction_pairs, two_back_pairs
 from mechicl.models.programs_parts import FIRST_LABEL, WORDS, Builder
-from mechicl.models.toy import ToyBlock, ToyTransformer
+from mechicl.models.toys.model import ToyBlock, ToyTransformer
 from mechicl.prompts.corrupt import Pairs
 from mechicl.results.nodes import Edge, Receiver, Sender, senders
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mechicl.models.programs_parts import WORDS
-from mechicl.models.toy_prompts import ToyRenderer, toy_episodes
+from mechicl.models.toys.prompts import ToyRenderer, toy_episodes
 from mechicl.prompts.batch import Batch
 from mechicl.prompts.corrupt import Pairs
 from mechicl.prompts.episode import Shot

@@ -10,8 +10,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from mechicl.models.toy import ToyBlock, ToyTransformer, toy_config
-from mechicl.models.toy_prompts import ToyRenderer, ToyVocabulary
+from mechicl.models.toys.model import ToyBlock, ToyTransformer, toy_config
+from mechicl.models.toys.prompts import ToyRenderer, ToyVocabulary
 
 ROOM = 8
 """Coordinates where idle parts write and nobody in the circuit reads."""

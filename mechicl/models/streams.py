@@ -16,10 +16,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mechicl.errors import OptionError, UnsupportedModelError
-from mechicl.models import toy_fast
 from mechicl.models.anatomy import LayerAnatomy, Projection, Recording, decoder_layers, record_pass
 from mechicl.models.check import check_inputs_for, tolerance
-from mechicl.models.toy import ToyTransformer
+from mechicl.models.toys import fast as toy_fast
+from mechicl.models.toys.model import ToyTransformer
 from mechicl.models.weights import linear_of
 
 Kind = Literal["q", "k", "v"]

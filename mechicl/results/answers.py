@@ -75,7 +75,7 @@ class Ablation:
 
     `random`: one cell per draw of random heads (as many heads; same layers where these have heads left, else the nearest layers: then `match_note`
     says so; fewer draws than asked where there are no more, none where no heads are left). `p_random`: share of draws (with the +1 correction) whose accuracy falls at least as far as that of the chosen heads; NaN without draws.
-    `verdict`: a sentence; `finding`: the same in a word, one of `mechicl.analysis.verdict.FINDINGS`.
+    `verdict`: a sentence; `finding`: the same in a word, one of `mechicl.analysis.ablation.verdict.FINDINGS`.
     """
 
     how: str

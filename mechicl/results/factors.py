@@ -13,7 +13,7 @@ from mechicl.results.base import Estimate, Provenance, Skipped
 
 @dataclass(frozen=True, eq=False)
 class Decomposition:
-    """Variation of vectors over the runs of an experiment, split over its factors; see `mechicl.analysis.shares.decompose`.
+    """Variation of vectors over the runs of an experiment, split over its factors; see `mechicl.analysis.shift.shares.decompose`.
 
     Attributes:
         sources: The factors, "interaction", "residual".

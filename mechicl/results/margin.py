@@ -79,7 +79,7 @@ class ContrastMargin:
 
     Attributes:
         parts: By name; "attention" (right minus wrong labels) is always among them where the model has attention patterns.
-        at: Which tokens stand for exemplars and query ("before", "item", "label", ...), see `mechicl.analysis.margin.contrast_margin`.
+        at: Which tokens stand for exemplars and query ("before", "item", "label", ...), see `mechicl.analysis.margin.contrast.contrast_margin`.
         keys: Which exemplar tokens the match and the attention read.
         distance: "cosine" or "euclidean".
         correct: Whether each answer was right, [batch].
@@ -198,7 +198,7 @@ class ContrastMap:
     Attributes:
         kind: "linear", "attention" or "mixed".
         weights: Arrays by name: "centre" [head, d], taken away first; "map" [head, d, d_out]; "query" [head, d] (attention); "embedding" [group, d_out]
-            (mixed). See `mechicl.analysis.contrast_maps`; `apply_map` applies them.
+            (mixed). See `mechicl.analysis.margin.contrast_maps`; `apply_map` applies them.
         score: With the map, on held-out episodes.
         plain: Plain cosine, same episodes.
         gain: score - plain, paired.

@@ -53,7 +53,7 @@ class HeadSet:
     """Heads found by one rule on one half of the episodes, and what switching them off does on the other half.
 
     `found`: their scores passed the rule. `ablation` is None when no head did; `verdict` says in words what may be claimed.
-    `finding`: a word of `mechicl.analysis.verdict.FINDINGS`, or "none" where no head passed.
+    `finding`: a word of `mechicl.analysis.ablation.verdict.FINDINGS`, or "none" where no head passed.
     """
 
     kind: str

@@ -356,7 +356,7 @@ def plot_sweep(
     Raises:
         OptionError: a column that the table does not have, or no rows.
     """
-    from mechicl.analysis.bands import at_step, runs_estimate
+    from mechicl.analysis.trainings.bands import at_step, runs_estimate
 
     names = [y] if isinstance(y, str) else list(y)
     sweeps.check_columns(table, [x, color, facet, *names, "step"])

@@ -127,7 +127,7 @@ never seen. The calls are those of notebook 08. One trained model: what is said 
 import torch
 from mechicl.data.gaussian import draw
 from mechicl.prompts.disturb import vector_pairs
-from mechicl.training.toy import load_toy
+from mechicl.training.toys.train import load_toy
 
 model = load_toy("results/toy_four_heads", step=3000)
 drawn = draw(model.renderer.task, 96, torch.Generator().manual_seed(1), split="ic")

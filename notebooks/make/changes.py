@@ -58,7 +58,7 @@ for task, found in shares.items():
     print(task, {part: {source: round(e.value, 2) for source, e in row.items()} for part, row in found.pooled.items()})
 plot(shares["4 classes"])""",
     """>>>
-from mechicl.analysis.condition_table import tabulate
+from mechicl.analysis.shift.condition_table import tabulate
 
 table = tabulate(shares)
 print(table.verdict)
@@ -77,7 +77,7 @@ plot(margin)""",
     """
 And is it a cause? The keys of the exemplars' labels are moved towards the query's match, or away from it (in units of the margin), beside random directions of equal length.""",
     """>>>
-from mechicl.analysis.margin_causal import move_margin
+from mechicl.analysis.margin.causal import move_margin
 
 moved = move_margin(model, episodes, [(3, head) for head in range(4)], progress=False)
 figure = plot(moved)

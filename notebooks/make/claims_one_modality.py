@@ -98,8 +98,8 @@ claims.verdict_table(found).round(3)""",
 Few and many classes side by side for a few seconds: both reach the plateau of copying any label, and only with few classes do the weights begin to know the answers.
 """,
     """>>>
-from mechicl.training.toy import train_many
-from mechicl.training.toy_recipe import recipe
+from mechicl.training.toys.train import train_many
+from mechicl.training.toys.recipe import recipe
 
 both = train_many([recipe("cpu", K=k, steps=150, points=6, probe_n=256) for k in (64, 8192)], progress=False)
 live = pd.concat([run.table.tail(1).assign(K=run.recipe.task.K) for run in both])
@@ -133,7 +133,7 @@ A score between a fixed query and a fixed key should depend on their offset alon
     """>>>
 import torch
 
-from mechicl.models.positions import offset_share, rotate, rotate_interleaved_bug
+from mechicl.models.toys.positions import offset_share, rotate, rotate_interleaved_bug
 
 made = torch.Generator().manual_seed(0)
 q, k = (torch.randn(200, 1, 1, 64, generator=made).expand(-1, 33, -1, -1) for _ in range(2))
@@ -145,7 +145,7 @@ shares = {f.__name__: offset_share(torch.einsum("bqhd,bkhd->bqk", f(q, place), f
 """,
     """>>>
 from mechicl.data.gaussian import chance
-from mechicl.training.toy_recipe import recipe
+from mechicl.training.toys.recipe import recipe
 
 table = pd.read_parquet(results / "NAME.parquet")
 wide = claims.rows(table, {"n_places": 32, "qkv_bias": False})
@@ -215,7 +215,7 @@ claims.verdict_table(found).round(3)""",
 ## Live: a correct RoPE and the released map, a few seconds of training
 """,
     """>>>
-from mechicl.training.toy import train_toy
+from mechicl.training.toys.train import train_toy
 
 live = {}
 for code in ("rope", "rope_interleaved_bug"):
@@ -302,8 +302,8 @@ claims.verdict_table(found).round(3)""",
 ## Live: one layer and two, a few seconds of training
 """,
     """>>>
-from mechicl.training.toy import train_toy
-from mechicl.training.toy_recipe import recipe
+from mechicl.training.toys.train import train_toy
+from mechicl.training.toys.recipe import recipe
 
 live = {n: train_toy(recipe("cpu", n_layers=n, steps=100, points=6, probe_n=256), progress=False).table.iloc[-1] for n in (1, 2)}
 pd.DataFrame(live).T[["step", "loss", "accuracy_ic", "cla_ic"]].round(3)""",

@@ -20,7 +20,7 @@ both = claims.rows(plain, {"K1": claims.base_of(plain)["K1"]})
 runs.groupby(["early_fusion", "labels", "m1_query"]).size()""",
     """>>>
 from mechicl.data.gaussian import chance
-from mechicl.training.toy_recipe import recipe
+from mechicl.training.toys.recipe import recipe
 
 copying = {"copying any label": chance(recipe("cpu_multimodal").task, "ic")["context"]}
 copying""",
@@ -88,7 +88,7 @@ claims.verdict_table(found).round(3)""",
 ## Live: two modalities, a few seconds of training
 """,
     """>>>
-from mechicl.training.toy import train_toy
+from mechicl.training.toys.train import train_toy
 
 run = train_toy(recipe("cpu_multimodal", steps=100, points=6, probe_n=256), progress=False)
 run.table[["step", "loss", "accuracy_ic", "accuracy_iw", "cla_ic"]].round(3)""",
@@ -112,7 +112,7 @@ Huang et al. (2026) switch parts of a trained toy off and report ICL accuracies 
 The models are the **cpu preset** (Adam, few steps). Table: `python notebooks/make/knock_outs.py notebooks/sweeps/NAME.toml --out notebooks/results/NAME.parquet`.
 """,
     """>>>
-from mechicl.analysis import knockouts
+from mechicl.analysis.ablation import knockouts
 
 everything = pd.read_parquet(results / "NAME.parquet")
 table = everything[everything["off"] == "zero"]
@@ -209,7 +209,7 @@ random forest is judged on settings it has not seen, beside a **control** with t
 The models are the **cpu preset** (Adam, few steps). Tables: `mechicl sweep notebooks/sweeps/*.toml`. Layers are counted from 0 below, from 1 in the paper.
 """,
     """>>>
-from mechicl.analysis import trends
+from mechicl.analysis.trainings import trends
 
 names = ["02_icl_against_in_weights", "03_does_rope_raise_the_threshold", "06_decoder_scale", "NAME"]
 tables = [pd.read_parquet(results / f"{name}.parquet") for name in names if (results / f"{name}.parquet").exists()]
@@ -267,8 +267,8 @@ claims.verdict_table(found).round(3)""",
 Six trainings of a few seconds in one batched step; what comes out is the table's shape, not evidence.
 """,
     """>>>
-from mechicl.training.toy import train_many
-from mechicl.training.toy_recipe import recipe
+from mechicl.training.toys.train import train_many
+from mechicl.training.toys.recipe import recipe
 
 short = train_many([recipe("cpu", K=k, B=b, steps=60, points=4, probe_n=128) for k in (64, 1024, 8192) for b in (2, 4)], progress=False)
 rows = [run.table.assign(cell=str(i), preset="cpu", seed=0, K=run.recipe.task.K, B=run.recipe.task.B) for i, run in enumerate(short)]

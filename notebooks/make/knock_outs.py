@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from mechicl.analysis.knockouts import knock_out_table
-from mechicl.analysis.switches import How
+from mechicl.analysis.ablation.knockouts import knock_out_table
+from mechicl.analysis.ablation.switches import How
 from mechicl.data.gaussian import MultimodalTask
-from mechicl.training import sweep
-from mechicl.training.toy import load_toy
-from mechicl.training.toy_folder import read_recipe
+from mechicl.training.sweeps import sweep
+from mechicl.training.toys.train import load_toy
+from mechicl.training.toys.folder import read_recipe
 
 
 def rows(folder: Path, n: int, n_random: int, how: How) -> pd.DataFrame:

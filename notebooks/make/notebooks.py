@@ -30,7 +30,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from mechicl.analysis import bands, change_points, claims
+from mechicl.analysis.trainings import bands, change_points, claims
 from mechicl.views.plots import plot, plot_sweep
 
 figures = Path(os.environ.get("MECHICL_FIGURES", "../figures"))

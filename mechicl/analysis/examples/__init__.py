@@ -1,0 +1,1 @@
+"""Which examples to show: retrieval, strategies, answers under each."""

@@ -1,0 +1,1 @@
+"""Interventions estimated from gradients, always beside some that are run exactly."""

@@ -1,0 +1,1 @@
+"""Which heads do it: measures of attention, the named scores made of them, their nulls."""

@@ -1,0 +1,1 @@
+"""Link-context learning: evaluation, baselines, link against prior."""

@@ -1,0 +1,1 @@
+"""How keys and values move when examples are added, and whether meaning or form moved them."""

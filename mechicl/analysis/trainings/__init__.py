@@ -1,0 +1,1 @@
+"""Over many checkpoints or many trained models: bands, change points, trends, paired claims."""

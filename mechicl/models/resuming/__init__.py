@@ -1,0 +1,1 @@
+"""Many variations of one recorded run, each resumed where it differs."""

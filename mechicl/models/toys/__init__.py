@@ -1,0 +1,1 @@
+"""Toy transformers behind the interface of the big models."""

@@ -1,0 +1,1 @@
+"""Training toy transformers, one or many at once."""
