@@ -15,7 +15,8 @@ FLOORS = {
     "models": 2,
     "analysis": 3, "training": 3,
     "views": 4,
-    "cli": 5,
+    "studies": 5,
+    "cli": 6,
 }  # fmt: skip
 
 OWNERS = {
@@ -27,7 +28,7 @@ OWNERS = {
     "sklearn": {"data/digits.py", "analysis/trainings/trends.py"},
     "ruptures": {"analysis/trainings/change_points.py"},
     "statsmodels": {"analysis/shift/mixed_effects.py", "analysis/statistics.py"},
-    "typer": {f"cli/{name}.py" for name in ("adapt", "app", "eval", "heads", "kv", "options", "patch", "report", "sweep", "train")},
+    "typer": {f"cli/{name}.py" for name in ("adapt", "app", "eval", "heads", "kv", "options", "patch", "report", "study", "sweep", "train")},
     "ray": {"training/sweeps/ray_cluster.py"},
     "peft": {"models/adapters.py"},
     "accelerate": {"training/adapting/loop.py"},
