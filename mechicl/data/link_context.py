@@ -50,10 +50,10 @@ PUBLISHED = Prompt(
 SENTENCES = Prompt(
     PUBLISHED.instruction,
     PUBLISHED.question,
-    Form(turns="one", question="What is in the image?", before_label='there is "', between='" in the image.\n'),
+    Form(question="What is in the image?", before_label='there is "', after_label='" in the image.'),
 )
-"""The published questions and answers: each label stands in its sentence. All examples are in one turn, because a `Form` has no words behind a label but those
-between examples. Without a chat template the last example's sentence is therefore left open."""
+"""The published questions and answers: each label stands in its sentence, in its own turn. The query's answer is scored as the bare label: nothing of the
+sentence is put into the model's mouth."""
 SHORT = Prompt(INSTRUCTION, QUESTION)
 """What the bundled model was trained on."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from mechicl.errors import OptionError
@@ -24,6 +24,7 @@ class Form:
         question: The examples' question in place of the episode's; "" for none.
         before_item: Words before an example.
         before_label: Words before a label.
+        after_label: Words behind a label, in the same turn. They are the template's as far as roles go: the label's span ends before them.
         markers: Put before labels, one for each candidate, e.g. ("(A) ", "(B) ").
         separator: Between item and label where both are in one turn, or there are no turns.
         between: Between examples, likewise.
@@ -39,6 +40,7 @@ class Form:
     markers: tuple[str, ...] = ()
     separator: str = "\n"
     between: str = "\n"
+    after_label: str = ""
 
     def __post_init__(self) -> None:
         if self.turns not in get_args(Turns):
@@ -47,6 +49,11 @@ class Form:
             raise OptionError(
                 f"separator and between must not be empty; got {self.separator!r} and {self.between!r}. Use a space at least."
             )
+
+    def __repr__(self) -> str:
+        """As a dataclass's, without `after_label` where there is none: kept runs know their episodes by a digest that this is part of, and are older than that field."""
+        shown = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name != "after_label" or self.after_label]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     @property
     def one_turn(self) -> bool:

@@ -213,10 +213,10 @@ class Template:
         return [{"type": "text", "text": form.before_item}, *parts] if form.before_item else parts
 
     def _label(self, episode: Episode, k: int, mark: Any) -> str:
-        """The label of exemplar k with what stands before it."""
+        """The label of exemplar k with what stands before and behind it."""
         shot = episode.shots[k]
         owner = Span("label", 0, 0, k, None, shot.label, shot.item)
-        return episode.form.lead(shot.label, episode.candidates) + mark(shot.label, owner)
+        return episode.form.lead(shot.label, episode.candidates) + mark(shot.label, owner) + episode.form.after_label
 
     def _parts(self, shot: Shot, which: int, question: str, mark: Any) -> list[Message]:
         owner = Span("text", 0, 0, which, None, shot.label, shot.item)
@@ -304,7 +304,12 @@ def check_texts(episode: Episode, special: Sequence[str], name: str) -> None:
         which = f"shot {k}" if k < len(episode.shots) else "the query"
         texts |= {f"text of {which}": shot.text, f"label of {which}": shot.label}
     form = episode.form
-    written = {"question": form.question or "", "words before an item": form.before_item, "words before a label": form.before_label}
+    written = {
+        "question": form.question or "",
+        "words before an item": form.before_item,
+        "words before a label": form.before_label,
+        "words behind a label": form.after_label,
+    }
     written |= {"separator": form.separator, "words between": form.between, **{f"marker {k}": text for k, text in enumerate(form.markers)}}
     texts |= {f"{what} of the form": text for what, text in written.items()}
     texts |= {f"candidate {k}": label for k, label in enumerate(episode.candidates)}
