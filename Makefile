@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test slow lint format types bench docs clean
+.PHONY: demo test slow lint format types bench docs dist clean
 
 $(STAMP): pyproject.toml constraints.txt
 	command -v $(PYTHON) >/dev/null && $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
@@ -34,6 +34,13 @@ types: $(STAMP)
 
 bench: $(STAMP)
 	$(PY) -m benchmarks.hooks && $(PY) -m benchmarks.rows && $(PY) -m benchmarks.patching --quick && $(PY) -m benchmarks.kv
+
+# a page or a docstring that would warn ends it; opens from disk: build/docs/index.html
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build -f docs/site/mkdocs.yml
+
+dist: $(STAMP)
+	$(PY) -m build
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis dist build
