@@ -1,5 +1,7 @@
 """Continuations scored from one run of the prompt equal those scored the long way, in every family that says it can, hooks included."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -59,3 +61,19 @@ def test_a_model_that_cannot_take_up_its_cache_is_scored_the_long_way(monkeypatc
     right = continue_prompts
     monkeypatch.setattr("mechicl.models.prefix.continue_prompts", lambda *args: right(*args).roll(1, -1))
     assert model.continue_prompts(batch, batch.candidate_ids) is None
+
+
+def test_prompts_of_words_do_not_take_the_places_of_the_pictures_before_them() -> None:
+    """Qwen's models remember how many places the last pictures took; a prompt without pictures does not make them forget."""
+    words = [replace(e, shots=tuple(replace(s, images=(), text=f"t{i}") for i, s in enumerate(e.shots)), query=replace(e.query, images=(), text="t0")) for e in EPISODES]  # fmt: skip
+    model = HookedVLM(*build("qwen2_5_vl", preset="tiny"), check=False)
+    batch = model.render(words)
+    fresh = model.continue_prompts(batch, batch.candidate_ids)
+    pictures = model.render(EPISODES)
+    assert model.continue_prompts(pictures, pictures.candidate_ids) is not None
+    assert model.hf.model.rope_deltas is not None
+    assert bool((model.hf.model.rope_deltas != 0).any())
+    again = model.continue_prompts(batch, batch.candidate_ids)
+    assert fresh is not None
+    assert again is not None
+    torch.testing.assert_close(again, fresh, rtol=0, atol=0)

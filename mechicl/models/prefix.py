@@ -39,6 +39,7 @@ def continue_prompts(model: HookedVLM, batch: Batch, tokens: Sequence[Sequence[S
     n, blocks = batch.n, len(tokens[0])
     inputs = model.inputs(batch if copies == 1 else batch.repeat(copies))
     last = model._positions(batch if copies == 1 else batch.repeat(copies), inputs, "last")
+    _forget_places(model.hf)
     with model._select_logits(last), model._wired(inputs):
         out = model.hf(**inputs, use_cache=True)
     first = out.logits.reshape(copies, n, 1, 1, -1).expand(-1, -1, blocks, -1, -1)
@@ -63,6 +64,13 @@ def _block(tokens: Sequence[Sequence[Sequence[int]]], device: torch.device) -> t
     ids = torch.tensor([row + [filler] * (width - len(row)) for row in rows], dtype=torch.long, device=device).reshape(len(rows), width)
     real = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows], device=device).reshape(len(rows), width)
     return ids, real
+
+
+def _forget_places(hf: Any) -> None:
+    """Prompts of words alone leave the differences that the last prompts with pictures had: they belong to other prompts."""
+    inner = getattr(hf, "model", None)
+    if getattr(inner, "rope_deltas", None) is not None:
+        inner.rope_deltas = None  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def _places(hf: Any, mask: Tensor, width: int) -> dict[str, Tensor]:
