@@ -321,17 +321,17 @@ def test_overlap_of_a_circuit_with_itself_and_with_an_other_program() -> None:
 
 def test_chance_is_what_counting_every_set_gives() -> None:
     """Nodes of a graph of one stratum, all pairs of sets written out."""
-    from mechicl.analysis.circuits.overlap import _shared_pmf
+    from mechicl.analysis.circuits.overlap import shared_pmf
 
     n, x, y = 7, 3, 4
     fixed = set(range(x))
     counts = np.bincount([len(fixed & set(some)) for some in combinations(range(n), y)], minlength=x + 1)
-    np.testing.assert_allclose(_shared_pmf([(n, x, y)]), counts / counts.sum(), atol=1e-12)
+    np.testing.assert_allclose(shared_pmf([(n, x, y)]), counts / counts.sum(), atol=1e-12)
     # two strata are independent
-    two = _shared_pmf([(n, x, y), (4, 2, 2)])
-    one, other = _shared_pmf([(n, x, y)]), _shared_pmf([(4, 2, 2)])
+    two = shared_pmf([(n, x, y), (4, 2, 2)])
+    one, other = shared_pmf([(n, x, y)]), shared_pmf([(4, 2, 2)])
     np.testing.assert_allclose(two, np.convolve(one, other), atol=1e-12)
-    np.testing.assert_allclose(_shared_pmf([(5, 0, 3)]), [1.0])
+    np.testing.assert_allclose(shared_pmf([(5, 0, 3)]), [1.0])
 
 
 def test_rankings_overlap_along_their_top() -> None:

@@ -62,13 +62,13 @@ def compare_circuits(
     kinds = _by_kind(sets, groups)
     a, b = sets
     both, union = int((a & b).sum()), int((a | b).sum())
-    pmf = _shared_pmf([(k.n_possible, k.n_first, k.n_second) for k in kinds])
+    pmf = shared_pmf([(k.n_possible, k.n_first, k.n_second) for k in kinds])
     values = np.arange(len(pmf)) / np.maximum(a.sum() + b.sum() - np.arange(len(pmf)), 1)
     share = wilson((a & b)[a | b], unit="share of the union")
     return CircuitOverlap(
         names=names or (_called(first, "first"), _called(second, "second")), level=check_level(level), shared=_named(members, a & b), only_first=_named(members, a & ~b),
         only_second=_named(members, b & ~a), n_possible=len(members), jaccard=share if union else Estimate(np.nan, np.nan, np.nan, 0, "share of the union"),
-        chance=float(pmf @ values), chance_high=float(values[_quantile(pmf, 0.975)]), expected=float(pmf @ np.arange(len(pmf))), p=float(pmf[both:].sum()),
+        chance=float(pmf @ values), chance_high=float(values[pmf_quantile(pmf, 0.975)]), expected=float(pmf @ np.arange(len(pmf))), p=float(pmf[both:].sum()),
         by_kind=tuple(kinds), ks=sizes, top_shared=shared, top_chance=top_chance, top_high=top_high, rank_correlation=_correlation(sides), notes=tuple(notes),
     )  # fmt: skip
 
@@ -177,7 +177,7 @@ def _by_kind(sets: Sequence[np.ndarray], groups: np.ndarray) -> list[KindOverlap
     return found
 
 
-def _shared_pmf(strata: Sequence[tuple[int, int, int]]) -> np.ndarray:
+def shared_pmf(strata: Sequence[tuple[int, int, int]]) -> np.ndarray:
     """Probability of 0, 1, 2, ... shared members: hypergeometric in every stratum (possible, first, second), summed over independent strata."""
     total = np.ones(1)
     for n, x, y in strata:
@@ -192,7 +192,8 @@ def _log_comb(n: int, k: int) -> float:
     return -np.inf if k < 0 or k > n else lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1)
 
 
-def _quantile(pmf: np.ndarray, q: float) -> int:
+def pmf_quantile(pmf: np.ndarray, q: float) -> int:
+    """The least number that is not exceeded with probability q."""
     return int(np.searchsorted(np.cumsum(pmf), q - 1e-12))
 
 
@@ -208,8 +209,8 @@ def _curve(sides: Sequence[_Side], groups: np.ndarray, ks: Sequence[int] | None)
     rows = []
     for k in sizes:
         kinds = _by_kind([_top(first, int(k)), _top(second, int(k))], groups)
-        pmf = _shared_pmf([(one.n_possible, one.n_first, one.n_second) for one in kinds])
-        rows.append((sum(one.n_shared for one in kinds), float(pmf @ np.arange(len(pmf))), _quantile(pmf, 0.975)))
+        pmf = shared_pmf([(one.n_possible, one.n_first, one.n_second) for one in kinds])
+        rows.append((sum(one.n_shared for one in kinds), float(pmf @ np.arange(len(pmf))), pmf_quantile(pmf, 0.975)))
     shared, chance, high = np.array(rows, dtype=float).T
     return sizes, shared, chance, high
 
