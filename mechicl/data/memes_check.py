@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from PIL import Image, ImageOps
 
@@ -174,27 +174,28 @@ def _look(path: Path, name: str, max_pixels: int) -> str | Problem:
         return Problem("broken", "", f"picture {name} cannot be used ({error})")
 
 
-def open_picture(path: Path, *, max_pixels: int = MAX_PIXELS, size: int | None = None) -> Image.Image:
-    """A picture as RGB, its pixels in memory and its file closed; `size`: shrunk until no side is longer.
+def open_picture(path: Path | IO[bytes], *, max_pixels: int = MAX_PIXELS, size: int | None = None) -> Image.Image:
+    """A picture of a file, or of its bytes, as RGB, its pixels in memory and its file closed; `size`: shrunk until no side is longer.
 
     Raises:
         ImageError: it cannot be read to its end, or has more than `max_pixels` (known from its header, before it is unpacked).
     """
+    name = path.name if isinstance(path, Path) else "one in memory"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 if image.width * image.height > max_pixels:
                     raise ImageError(
-                        f"a picture must have at most {max_pixels} pixels; {path.name} has {image.width} x {image.height}. Shrink it, or raise max_pixels."
+                        f"a picture must have at most {max_pixels} pixels; {name} has {image.width} x {image.height}. Shrink it, or raise max_pixels."
                     )
                 turned = ImageOps.exif_transpose(image).convert("RGB")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"a picture must have at most {max_pixels} pixels; {path.name} has far more. Shrink it.") from error
+        raise ImageError(f"a picture must have at most {max_pixels} pixels; {name} has far more. Shrink it.") from error
     except (OSError, SyntaxError, ValueError, MemoryError) as error:
         if isinstance(error, ImageError):
             raise
-        raise ImageError(f"a picture must be readable; {path.name} is not ({type(error).__name__}). Replace the file.") from error
+        raise ImageError(f"a picture must be readable; {name} is not ({type(error).__name__}). Replace the file.") from error
     if size is not None:
         turned.thumbnail((size, size))
     return turned
