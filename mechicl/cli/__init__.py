@@ -10,6 +10,7 @@
     mechicl train vlm --family qwen2_5_vl --out runs/organism
     mechicl adapt demo --strategy 2-way-random --out runs/link
     mechicl eval lcl --data generated --shots 0,2,4,8,16 --out runs/lcl
+    mechicl data check photos
     mechicl sweep spec.toml --out runs/sweep --workers 2
 
 What can be refused is refused before a model is loaded. Numbers go to stdout, everything else to stderr; a mistake is one line and exit code 2.
@@ -17,8 +18,8 @@ What can be refused is refused before a model is loaded. Numbers go to stdout, e
 
 from __future__ import annotations
 
-from mechicl.cli import adapt, heads, kv, patch, report, sweep, train
-from mechicl.cli.app import app, evaluation, training
+from mechicl.cli import adapt, data, heads, kv, patch, report, sweep, train
+from mechicl.cli.app import app, evaluation, sets, training
 from mechicl.cli.eval import lcl
 from mechicl.cli.heads import parse_heads
 
@@ -36,3 +37,7 @@ training.command("toy")(train.train_toy)
 app.command()(sweep.sweep)
 app.command()(adapt.adapt)
 evaluation.command("lcl")(lcl)
+sets.command("vl-icl")(data.vl_icl)
+sets.command("isekai")(data.isekai)
+sets.command("memes")(data.memes)
+sets.command("check")(data.check)

@@ -34,6 +34,8 @@ training = typer.Typer(no_args_is_help=True, help="Train small models that learn
 app.add_typer(training, name="train")
 evaluation = typer.Typer(no_args_is_help=True, help="Evaluate a model on a published protocol.")
 app.add_typer(evaluation, name="eval")
+sets = typer.Typer(no_args_is_help=True, help="Write small data sets in published layouts, and look data through.")
+app.add_typer(sets, name="data")
 
 
 def _version(wanted: bool | None) -> None:

@@ -75,8 +75,9 @@ class VLICLReport:
     n_pictures: int = 0
 
     def __str__(self) -> str:
+        examples = f"{len(self.support)} usable support rows" if self.task != "open_mi" else "each with its own examples"
         lines = [
-            f"{self.folder}: {self.task}, {len(self.queries)} usable queries, {len(self.support)} usable support rows, "
+            f"{self.folder}: {self.task}, {len(self.queries)} usable queries, {examples}, "
             f"{self.n_pictures} pictures, {len(self.problems)} problems."
         ]
         answers = Counter(row.answer for row in self.queries).most_common(1)
