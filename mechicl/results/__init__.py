@@ -20,6 +20,7 @@ from mechicl.results.circuits import (
 )
 from mechicl.results.factors import ConditionRow, ConditionTable, Decomposition, FactorShares, MixedEffects, TaskEffects
 from mechicl.results.heads import HeadScores, PromptView, RoleAttention, Score
+from mechicl.results.heads_at_odds import HeadsAtOdds, OddsContrast, OddsCost, OddsRow, OddsSetting
 from mechicl.results.link import LinkBaseline, LinkChange, LinkCost, LinkPrior, LinkPriorRow, LinkScore, LinkScores
 from mechicl.results.margin import ContrastMap, ContrastMargin, MarginEffect, MarginPart
 from mechicl.results.nodes import Edge, Receiver, Sender
@@ -65,6 +66,7 @@ __all__ = [
     "HeadOverlap",
     "HeadScores",
     "HeadSet",
+    "HeadsAtOdds",
     "ICLAccuracy",
     "KVShift",
     "KVStory",
@@ -85,6 +87,10 @@ __all__ = [
     "MethodRecovery",
     "MixedEffects",
     "NodeGap",
+    "OddsContrast",
+    "OddsCost",
+    "OddsRow",
+    "OddsSetting",
     "PatchCost",
     "PatchEffects",
     "PathEffects",
