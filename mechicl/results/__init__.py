@@ -26,6 +26,17 @@ from mechicl.results.margin import ContrastMap, ContrastMargin, MarginEffect, Ma
 from mechicl.results.nodes import Edge, Receiver, Sender
 from mechicl.results.patching import PatchCost, PatchEffects, SiteEffects, Transplant, TransplantRow
 from mechicl.results.paths import PathEffects, SpanKnockOut, SpanKnockOuts
+from mechicl.results.protocol import (
+    KnockOutRow,
+    KnockOuts,
+    Overlap,
+    ProtocolStudy,
+    PublishedNumber,
+    RankingMatch,
+    StudyCost,
+    Tuning,
+    TuningChange,
+)
 from mechicl.results.readout import Copying, HeadCircuits, LogitAttribution, LogitLens, PromptLens, QKMatch
 from mechicl.results.shift import FillerTest, KVShift, SimilarityEffect, SimilarityTest
 from mechicl.results.study import HeadSet, KVStory, Series, Study, Trace
@@ -72,7 +83,9 @@ __all__ = [
     "KVStory",
     "KindOverlap",
     "KnockOut",
+    "KnockOutRow",
     "KnockOutTable",
+    "KnockOuts",
     "LinkBaseline",
     "LinkChange",
     "LinkCost",
@@ -91,13 +104,17 @@ __all__ = [
     "OddsCost",
     "OddsRow",
     "OddsSetting",
+    "Overlap",
     "PatchCost",
     "PatchEffects",
     "PathEffects",
     "PromptLens",
     "PromptView",
+    "ProtocolStudy",
     "Provenance",
+    "PublishedNumber",
     "QKMatch",
+    "RankingMatch",
     "Receiver",
     "RoleAttention",
     "Score",
@@ -112,9 +129,12 @@ __all__ = [
     "Strategies",
     "StrategyScore",
     "Study",
+    "StudyCost",
     "TaskEffects",
     "Trace",
     "Transplant",
     "TransplantRow",
+    "Tuning",
+    "TuningChange",
     "VectorEffect",
 ]

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -31,7 +31,7 @@ from mechicl.training.adapting import measure as adapt_measure
 from mechicl.training.adapting.data import Feed, Source, about, sources
 from mechicl.training.adapting.loop import Course, Loop, start
 from mechicl.training.adapting.measure import Probe
-from mechicl.training.adapting.parts import choose, fingerprint
+from mechicl.training.adapting.parts import choose, fingerprint, linear_names
 from mechicl.training.organisms import save as save_folder
 from mechicl.training.runs import CONFIG as RUN_CONFIG
 from mechicl.training.runs import Run, read_json, write_tensors, write_text
@@ -104,9 +104,11 @@ def adapt(
     rank: int = 16,
     alpha: float | None = None,
     dropout: float = 0.0,
+    targets: Sequence[str] | None = None,
     projector: bool = False,
     bf16: bool = False,
     warmup: float = 0.03,
+    schedule: Literal["cosine", "constant"] = "cosine",
     weight_decay: float = 0.0,
     clip: float = 1.0,
     close: bool = True,
@@ -140,9 +142,10 @@ def adapt(
         batch, accumulation: Episodes that go through the model at once, and how often before an update.
         lora: Low-rank adapters on every linear layer of the decoder's layers; False: all weights of the decoder, its embeddings and output layer.
         rank, alpha, dropout: Of the adapters; alpha defaults to twice the rank.
+        targets: Which linear layers get adapters, by the last part of their names, e.g. `adapting.parts.ATTENTION`; None: all of them.
         projector: The module between vision tower and decoder is trained too, whole.
         bf16: Arithmetic in bfloat16; the weights that move stay as they are.
-        warmup, weight_decay, clip: See `adapt_loop.Course`.
+        warmup, schedule, weight_decay, clip: See `adapt_loop.Course`.
         close: The token that ends an answer is learnt as part of it.
         save_memory: Activations are computed again in the backward pass.
         probe: What is measured along the way (episodes alone: the defaults of `adapt_measure.Probe`).
@@ -171,9 +174,9 @@ def adapt(
     """
     course = Course(
         steps, lr if lr is not None else (1e-4 if lora else 1e-5), batch, accumulation, warmup=warmup, weight_decay=weight_decay, clip=clip, bf16=bf16,
-        save_memory=save_memory, close=close, seed=seed,
+        save_memory=save_memory, close=close, seed=seed, schedule=schedule,
     )  # fmt: skip
-    check(lora, rank, alpha, dropout, checkpoint_every)
+    check(lora, rank, alpha, dropout, checkpoint_every, targets)
     main, other, share = sources(strategy, pool, data, general, mix, shots=shots, neighbours=neighbours, prompt=prompt)
     watched = probe if isinstance(probe, Probe) or probe is None else Probe(list(probe))
     points = adapt_measure.when(measure_at, steps) if watched is not None else ()
@@ -184,7 +187,10 @@ def adapt(
         torch.set_num_threads(threads)
     try:
         loaded, base = take(model, dtype or ("auto" if lora else "float32"))
-        parts = {"lora": lora, "rank": rank, "alpha": alpha or 2.0 * rank, "dropout": dropout, "projector": projector}
+        parts: dict[str, Any] = {"lora": lora, "rank": rank, "alpha": alpha or 2.0 * rank, "dropout": dropout, "projector": projector}
+        if targets is not None:
+            linear_names(loaded.hf, targets)
+            parts["targets"] = list(targets)
         config = {
             "kind": KIND, "model": loaded.cfg.model_name, "weights": fingerprint(loaded.hf), "dtype": str(loaded.hf.dtype), "parts": parts,
             "course": course.to_json(), "processes": accelerator.num_processes, "data": about(main), "general": about(other), "mix": share,
@@ -211,7 +217,7 @@ def adapt(
         torch.set_num_threads(before)
 
 
-def check(lora: bool, rank: int, alpha: float | None, dropout: float, checkpoint_every: int) -> None:
+def check(lora: bool, rank: int, alpha: float | None, dropout: float, checkpoint_every: int, targets: Sequence[str] | None = None) -> None:
     """Refuse what is out of range.
 
     Raises:
@@ -225,6 +231,8 @@ def check(lora: bool, rank: int, alpha: float | None, dropout: float, checkpoint
         raise OptionError(f"dropout must be in 0..1, 1 excluded; got {dropout}. 0.05 is usual.")
     if checkpoint_every < 1:
         raise OptionError(f"checkpoint_every must be at least 1; got {checkpoint_every}. Choose how many steps a kill may cost.")
+    if not lora and targets is not None:
+        raise OptionError(f"targets must be left out without LoRA; got {list(targets)}. They are the layers that get adapters.")
     if not lora and dropout:
         raise OptionError(f"dropout must be 0 without LoRA; got {dropout}. It is the adapters' dropout.")
 

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 class Course:
     """How a fine-tuning goes.
 
-    `steps`: updates; `lr`: the highest learning rate, after `warmup` (a share of the steps), from where it falls to zero along a cosine; `batch`:
+    `steps`: updates; `lr`: the highest learning rate, after `warmup` (a share of the steps), from where it falls to zero along a cosine, or stays
+    (`schedule`); `batch`:
     episodes that go through the model at once, on each device; `accumulation`: batches of an update; `clip`: largest norm of the gradient;
     `bf16`: arithmetic in bfloat16 where torch's autocast finds it safe, weights as they are; `save_memory`: activations are computed again in the
     backward pass; `close`: the token that ends an answer is learnt with it.
@@ -47,6 +48,7 @@ class Course:
     save_memory: bool = False
     close: bool = True
     seed: int = 0
+    schedule: Literal["cosine", "constant"] = "cosine"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulation"):
@@ -56,6 +58,8 @@ class Course:
             raise OptionError(f"lr must be above 0; got {self.lr}. 1e-4 is usual for LoRA, 1e-5 for whole models.")
         if not 0 <= self.warmup < 1:
             raise OptionError(f"warmup must be a share of the steps in 0..1; got {self.warmup}. 0.03 is usual.")
+        if self.schedule not in ("cosine", "constant"):
+            raise OptionError(f'schedule must be "cosine" or "constant"; got {self.schedule!r}. cosine is usual.')
         if not self.clip > 0:
             raise OptionError(f"clip must be above 0; got {self.clip}. 1.0 is usual.")
 
@@ -64,11 +68,16 @@ class Course:
         rise = max(1, round(self.warmup * self.steps))
         if step < rise:
             return self.lr * (step + 1) / rise
+        if self.schedule == "constant":
+            return self.lr
         return self.lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, self.steps - rise)))
 
     def to_json(self) -> dict[str, Any]:
-        """For a run's configuration."""
-        return asdict(self)
+        """For a run's configuration; what is usual is left out where runs begun before the choice existed have none, so that these go on."""
+        found = asdict(self)
+        if self.schedule == "cosine":
+            del found["schedule"]
+        return found
 
 
 def start(device: str | None, *, projector: bool) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -26,11 +27,20 @@ def _visual(name: str) -> bool:
     return any(word in part for part in name.lower().split(".") for word in NOT_DECODER)
 
 
-def linear_names(hf: Any) -> list[str]:
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+"""The attention's linear layers in most families, by the last part of their names: what many papers adapt."""
+
+
+def linear_names(hf: Any, targets: Sequence[str] | None = None) -> list[str]:
     """The linear layers of the decoder's layers, each of which gets an adapter.
+
+    Args:
+        hf: The Hugging Face model.
+        targets: The last parts of their names ("q_proj", ...); None: all of them.
 
     Raises:
         UnsupportedModelError: there are none (quantised weights, or layers written without nn.Linear).
+        OptionError: a target that no layer is called by.
     """
     inside = {id(m) for m in decoder_layers(hf).modules()}
     found = [name for name, m in hf.named_modules() if type(m) is nn.Linear and id(m) in inside]
@@ -38,7 +48,13 @@ def linear_names(hf: Any) -> list[str]:
         raise UnsupportedModelError(
             f"model must have linear layers in its decoder; {type(hf).__name__} has none of torch's own. Use lora=False."
         )
-    return found
+    if targets is None:
+        return found
+    known = {name.rsplit(".", 1)[-1] for name in found}
+    strange = [target for target in targets if target not in known]
+    if strange or not targets:
+        raise OptionError(f"targets must be among {', '.join(sorted(known))}; got {strange or 'none'}. Leave it out for all of them.")
+    return [name for name in found if name.rsplit(".", 1)[-1] in set(targets)]
 
 
 def projector_names(hf: Any) -> list[str]:
@@ -64,15 +80,26 @@ def projector_names(hf: Any) -> list[str]:
     return found
 
 
-def choose(hf: Any, *, lora: bool, projector: bool, rank: int, alpha: float, dropout: float, base: str, seed: int) -> Any:
-    """Freeze everything but what is to be trained.
+def choose(
+    hf: Any,
+    *,
+    lora: bool,
+    projector: bool,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    base: str,
+    seed: int,
+    targets: Sequence[str] | None = None,
+) -> Any:
+    """Freeze everything but what is to be trained; `targets` as in `linear_names`.
 
     Returns:
         The model to train: `hf` itself, or peft's model around it with adapters in place.
     """
     whole = projector_names(hf) if projector else []
     if lora:
-        return add_adapters(hf, linear_names(hf), whole, rank=rank, alpha=alpha, dropout=dropout, base=base, seed=seed)
+        return add_adapters(hf, linear_names(hf, targets), whole, rank=rank, alpha=alpha, dropout=dropout, base=base, seed=seed)
     wanted = set(decoder_names(hf))
     for name, parameter in hf.named_parameters():
         parameter.requires_grad_(name in wanted or any(name.startswith(f"{module}.") for module in whole))
