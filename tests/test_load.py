@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModel, ViTConfig
 
 import mechicl
 from mechicl.errors import (
@@ -98,10 +98,10 @@ def test_a_path_that_is_no_checkpoint_is_refused(tmp_path: Path, folder: Path) -
         load("nobody/nothing-of-that-name")
 
 
-def test_a_text_only_model_is_refused_by_name(tmp_path: Path) -> None:
-    config = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="llama"):
+def test_a_model_that_writes_no_text_is_refused_by_name(tmp_path: Path) -> None:
+    config = ViTConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16)
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="vit"):
         load(tmp_path)
 
 

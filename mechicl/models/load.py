@@ -12,6 +12,7 @@ import torch
 from mechicl.errors import CheckpointError, DeviceError, OptionError, UnsupportedModelError
 from mechicl.models.adapters import base_of, is_adapter, read_adapters
 from mechicl.models.families import TESTED, family_of
+from mechicl.models.text import HookedLM, is_language_model, load_text
 from mechicl.models.vlm import HookedVLM
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -94,7 +95,7 @@ def load(
     trust_remote_code: bool = False,
     check: bool = True,
 ) -> HookedVLM:
-    """Load a vision-language model with its processor.
+    """Load a vision-language model with its processor, or a language model with its tokenizer (a `HookedLM`, whose prompts are words only).
 
     Args:
         name: "demo" (the bundled model), a folder, or a hub id such as "Qwen/Qwen2.5-VL-3B-Instruct". A folder of LoRA adapters (adapter_config.json and
@@ -122,7 +123,10 @@ def load(
             base_of(path), device=device, dtype=dtype, device_map=device_map, attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code, revision=revision, check=False,
         )  # fmt: skip
-        return HookedVLM(read_adapters(base.hf, path), base.processor, check=check, name=str(name), revision=base.revision)
+        merged = read_adapters(base.hf, path)
+        if isinstance(base, HookedLM):
+            return HookedLM(merged, getattr(base.processor, "tokenizer", None), check=check, name=str(name), revision=base.revision)
+        return HookedVLM(merged, base.processor, check=check, name=str(name), revision=base.revision)
     if path.is_dir():
         check_folder(path)
         source = str(path)
@@ -139,12 +143,15 @@ def load(
             "Check the name, your connection (HF_HUB_OFFLINE), or download the folder first."
         ) from error
     family_of(config)
+    extra: dict[str, Any] = {k: v for k, v in (("device_map", device_map), ("attn_implementation", attn_implementation)) if v is not None}
+    if is_language_model(config):
+        return load_text(source, dtype=torch_dtype, target=target, check=check, name=str(name), common=common, extra=extra,
+                         revision=str(revision or getattr(config, "_commit_hash", None) or ""))  # fmt: skip
     if type(config) not in AutoModelForImageTextToText._model_mapping and not trust_remote_code:
         raise UnsupportedModelError(
             f"model must be a vision-language model; {source!r} is {config.model_type!r}, which transformers has no image-text-to-text class for. "
             f"Choose a family such as {', '.join(TESTED[:6])}, ..."
         )
-    extra: dict[str, Any] = {k: v for k, v in (("device_map", device_map), ("attn_implementation", attn_implementation)) if v is not None}
     try:
         hf: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=torch_dtype, use_safetensors=True, **common, **extra)
         processor = AutoProcessor.from_pretrained(source, **common)
