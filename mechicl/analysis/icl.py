@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from mechicl.analysis.feed import Data, check_data, ids_of, provenance, rehearse
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.labels import Answers, Key, LabelScore, answer, check_score, margins, predict
 from mechicl.analysis.statistics import mean_estimate, wilson
 from mechicl.errors import EpisodeError
@@ -14,6 +15,7 @@ from mechicl.prompts.batch import Batch
 from mechicl.results import Estimate, ICLAccuracy, Skipped
 
 
+@guarded
 def icl_accuracy(
     model: Any,
     data: Data,

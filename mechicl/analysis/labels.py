@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mechicl.analysis.ablation.switches import Switches
 from mechicl.analysis.feed import Data, batches, labels_of, progress_bar, take
+from mechicl.analysis.guarded import each_batch
 from mechicl.errors import NotFiniteError, OptionError
 from mechicl.prompts.batch import Batch
 
@@ -250,26 +251,28 @@ def answer(
     n, widest = len(data), max(len(row) for row in (data.candidates if isinstance(data, Batch) else [e.candidates for e in data]))
     share = switches.shareable and score != "first_token" and can_share(model, data)
     size = max(switches.least, batch_size // (1 if share or score == "first_token" else widest), 1)
-    found: list[list[Answers]] = [[] for _ in switches.sets]
-    keys, reasons, seen = [], [], 0
-    n_parts = max(1, min(-(-n // size), n // switches.least))
-    bar = progress_bar(None, total=n_parts * len(switches.sets), what=what, show=progress)
-    for batch in batches(model, data, size, least=switches.least):
+    least = n // max(1, min(-(-n // size), n // switches.least))
+    bar = progress_bar(None, total=n * len(switches.sets), what=what, show=progress)
+
+    def work(batch: Batch, rows: range) -> tuple[list[Answers], Key, list[str]]:
         blocks = n_blocks(batch, score)
         wide = widen(batch, blocks)
-        together = max(1, batch_size // (batch.n if share else wide.n))
+        most = batch_size if batch.n >= least else batch_size * batch.n // least  # memory ran out: sets that share a pass are fewer too
+        together = max(1, most // (batch.n if share else wide.n))
         switches.see(model, wide, blocks)
+        found: list[Answers] = []
         for start in range(0, len(switches.sets), together):
             group = range(start, min(start + together, len(switches.sets)))
             hooks = switches.hooks(group)
-            some = label_logprobs(
-                model, batch, score=score, copies=len(group), hooks=hooks, names=names[seen : seen + batch.n], wide=wide, share=share
+            found += label_logprobs(
+                model, batch, score=score, copies=len(group), hooks=hooks, names=names[rows.start : rows.stop], wide=wide, share=share
             )
-            for k, one in zip(group, some, strict=True):
-                found[k].append(one)
-            bar.update(len(group))
-        keys.append(Key.of(batch))
-        reasons += [""] * batch.n if score == "first_token" else indistinct(batch)
-        seen += batch.n
+        return found, Key.of(batch), [""] * batch.n if score == "first_token" else indistinct(batch)
+
+    def done(count: int) -> None:
+        bar.update(count * len(switches.sets))
+
+    parts = list(each_batch(model, data, size, work, least=switches.least, done=done))
     bar.close()
-    return [Answers.join(parts) for parts in found], Key.join(keys), reasons
+    found = [Answers.join([part[0][k] for part in parts]) for k in range(len(switches.sets))]
+    return found, Key.join([part[1] for part in parts]), [reason for part in parts for reason in part[2]]

@@ -16,10 +16,12 @@ from mechicl.errors import MissingInputError, OptionError, UnsupportedModelError
 from mechicl.models.anatomy import Anatomy, inspect
 from mechicl.models.check import check_parity
 from mechicl.models.families import check_inputs, family_of, image_token_id
+from mechicl.models.guards import dtype_of
 from mechicl.models.hooked import Hooked, HookedConfig, HookPoint, RowReducer
 from mechicl.models.prefix import can_continue, continue_prompts
 from mechicl.models.probe import probe_inputs
 from mechicl.models.rows import collect_rows
+from mechicl.models.stored import lead_device
 from mechicl.models.weights import AttentionWeights, Weights
 from mechicl.models.wiring import ATTENTION_ONLY, Norm, Wiring
 from mechicl.prompts.batch import Batch
@@ -80,6 +82,11 @@ class HookedVLM(Weights, Hooked):
         if check:
             check_parity(self)
 
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the first module's device, also where parameters are offloaded or spread over several devices."""
+        return lead_device(self.hf)
+
     def _config(self, name: str | None) -> HookedConfig:
         hf, layers = self.hf, self.anatomy.layers
         first = next(part for part in layers if part.attention is not None)
@@ -90,7 +97,7 @@ class HookedVLM(Weights, Hooked):
             n_heads=max(part.n_heads for part in layers), n_key_value_heads=max(part.n_key_value_heads for part in layers),
             d_model=self.anatomy.d_model, d_head=first.d_head, d_vocab=self.anatomy.unembed.weight.shape[0],  # type: ignore[union-attr]
             n_ctx=int(getattr(text, "max_position_embeddings", 0) or 1 << 20), d_mlp=mlp if isinstance(mlp, int) else None,
-            normalization_type="RMS", device=str(hf.device), dtype=hf.dtype,
+            normalization_type="RMS", device=str(self.device), dtype=dtype_of(hf),
         )  # fmt: skip
 
     def _grow(self) -> None:
@@ -185,7 +192,7 @@ class HookedVLM(Weights, Hooked):
         return self._to_device(given)
 
     def _to_device(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        device, dtype = self.hf.device, self.hf.dtype
+        device, dtype = self.device, dtype_of(self.hf)
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items() if k != "labels"}  # labels would ask for a loss
         return {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in moved.items()}
 
@@ -227,12 +234,12 @@ class HookedVLM(Weights, Hooked):
                     f'positions must be "last", "all" or a tensor of positions; got {positions!r}. Ask for the ones you read.'
                 )
             if isinstance(batch, Batch):
-                return batch.query_pos.to(self.hf.device)[:, None]
+                return batch.query_pos.to(self.device)[:, None]
             mask = inputs.get("attention_mask")
             if mask is None:
-                return torch.tensor([n_pos - 1], device=self.hf.device)
+                return torch.tensor([n_pos - 1], device=self.device)
             return (n_pos - 1 - mask.flip(1).argmax(1))[:, None]
-        found = torch.as_tensor(positions, device=self.hf.device)
+        found = torch.as_tensor(positions, device=self.device)
         if found.numel() == 0 or int(found.max()) >= n_pos or int(found.min()) < -n_pos:
             raise OptionError(f"positions must be in 0..{n_pos - 1} (or negative, from the end); got {positions}. Count padding too.")
         return found % n_pos
@@ -304,15 +311,15 @@ class HookedVLM(Weights, Hooked):
         """What `results.Provenance` needs to name this model."""
         versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers", "transformer-lens")}
         return {
-            "model": self.cfg.model_name, "revision": self.revision, "dtype": str(self.hf.dtype).removeprefix("torch."),
-            "attention": self.anatomy.configs[0]._attn_implementation, "device": str(self.hf.device), "versions": versions,
+            "model": self.cfg.model_name, "revision": self.revision, "dtype": str(self.cfg.dtype).removeprefix("torch."),
+            "attention": self.anatomy.configs[0]._attn_implementation, "device": str(self.device), "versions": versions,
         }  # fmt: skip
 
     def __repr__(self) -> str:
         c = self.cfg
         return (
             f"HookedVLM({c.model_name!r}, {c.model_type}, {c.n_layers} layers x {c.n_heads} heads ({c.n_key_value_heads} key/value), "
-            f"d_model {c.d_model}, {self.hf.dtype}, {self.hf.device})"
+            f"d_model {c.d_model}, {self.cfg.dtype}, {self.device})"
         )
 
 

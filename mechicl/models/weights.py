@@ -1,4 +1,5 @@
-"""Weights under TransformerLens' names. Per layer they are views of the Hugging Face parameters; over layers, stacks of them (copies).
+"""Weights under TransformerLens' names. Per layer they are views of the Hugging Face parameters (copies where these are
+offloaded or packed, see `stored`); over layers, stacks of them (copies).
 
 Keys and values keep one entry per key/value head (grouped-query attention), as the hooks do.
 """
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from mechicl.errors import OptionError, UnsupportedModelError
 from mechicl.models.anatomy import LayerAnatomy, Projection
+from mechicl.models.stored import dense, place, vector
 
 
 def linear_of(part: LayerAnatomy, letter: str) -> tuple[nn.Linear, int, int]:
@@ -36,13 +38,19 @@ def linear_of(part: LayerAnatomy, letter: str) -> tuple[nn.Linear, int, int]:
 
 def _in(part: LayerAnatomy, letter: str) -> Tensor:
     linear, n_heads, d_head = linear_of(part, letter)
-    return linear.weight.view(n_heads, d_head, -1).transpose(1, 2)
+    return dense(linear).view(n_heads, d_head, -1).transpose(1, 2)
 
 
 def _bias(part: LayerAnatomy, letter: str) -> Tensor:
     linear, n_heads, d_head = linear_of(part, letter)
-    bias = linear.bias if linear.bias is not None else linear.weight.new_zeros(n_heads * d_head)
-    return bias.view(n_heads, d_head)
+    bias = vector(linear)
+    return (_zeros(linear, n_heads * d_head) if bias is None else bias).view(n_heads, d_head)
+
+
+def _zeros(linear: nn.Linear, n: int) -> Tensor:
+    """A bias that is not there."""
+    weight = linear.weight
+    return torch.zeros(n, dtype=weight.dtype if weight.is_floating_point() else torch.float32, device=place(linear))
 
 
 class AttentionWeights(nn.Module):
@@ -60,10 +68,12 @@ class AttentionWeights(nn.Module):
             if not isinstance(part.o_proj, nn.Linear):
                 raise UnsupportedModelError(f"W_O must exist; {part.reasons.get('attn.hook_z', 'this layer has no softmax attention')}.")
             if name == "b_O":
-                return part.o_proj.bias if part.o_proj.bias is not None else part.o_proj.weight.new_zeros(part.o_proj.weight.shape[0])
-            return part.o_proj.weight.T.view(part.n_heads, part.d_value, -1) if part.o_proj.weight.T.is_contiguous() else part.o_proj.weight.unflatten(
-                1, (part.n_heads, part.d_value)
-            ).permute(1, 2, 0)  # fmt: skip
+                bias = vector(part.o_proj)
+                return _zeros(part.o_proj, part.o_proj.out_features) if bias is None else bias
+            weight = dense(part.o_proj)
+            if weight.T.is_contiguous():
+                return weight.T.view(part.n_heads, part.d_value, -1)
+            return weight.unflatten(1, (part.n_heads, part.d_value)).permute(1, 2, 0)
         return super().__getattr__(name)
 
 
@@ -89,18 +99,20 @@ class Weights:
     @property
     def W_E(self) -> Tensor:
         """Token embedding [vocab, d_model], a view."""
-        return self.anatomy.embed.weight
+        found = vector(self.anatomy.embed, "weight")
+        assert found is not None
+        return found
 
     @property
     def W_U(self) -> Tensor:
         """Unembedding [d_model, vocab], a view, without the final norm's weight (`ln_final.w`)."""
-        return self.anatomy.unembed.weight.T
+        return dense(self.anatomy.unembed).T
 
     @property
     def b_U(self) -> Tensor:
         """Unembedding bias [vocab]; zeros where there is none."""
-        bias = self.anatomy.unembed.bias
-        return bias if bias is not None else self.W_U.new_zeros(self.W_U.shape[1])
+        bias = vector(self.anatomy.unembed)
+        return _zeros(self.anatomy.unembed, self.anatomy.unembed.weight.shape[0]) if bias is None else bias
 
     def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Tensor:
         """Directions of the residual stream, after division by the final norm's scale, that raise these tokens' logits.

@@ -91,6 +91,7 @@ class Ablation:
     n: int
     provenance: Provenance
     finding: str = ""
+    notes: tuple[str, ...] = ()
 
     def to_frame(self) -> pd.DataFrame:
         """One row per set of heads."""
@@ -126,6 +127,7 @@ class DoseCurve:
     how: str
     n: int
     provenance: Provenance
+    notes: tuple[str, ...] = ()
 
     def to_frame(self) -> pd.DataFrame:
         """One row per number of heads off."""

@@ -12,6 +12,7 @@ from mechicl.analysis.ablation.switches import How, Switches, switchable
 from mechicl.analysis.ablation.verdict import judge
 from mechicl.analysis.ablation.verdict import name as head_name
 from mechicl.analysis.feed import Data, check_data, ids_of, provenance, rehearse
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.icl import mark, usable, zero_shot_control
 from mechicl.analysis.labels import LabelScore, answer, check_score
 from mechicl.analysis.statistics import mcnemar_p, mean_estimate, paired_change, permutation_p
@@ -23,6 +24,7 @@ TOLERANCE = 1e-9
 """Accuracies closer than this are equal."""
 
 
+@guarded
 def ablate(
     model: Any,
     data: Data,
@@ -106,6 +108,7 @@ def ablate(
     )  # fmt: skip
 
 
+@guarded
 def dose_curve(
     model: Any,
     data: Data,

@@ -8,6 +8,7 @@ import numpy as np
 
 from mechicl.analysis.ablation.ablate import How, ablate
 from mechicl.analysis.feed import Data
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.icl import icl_accuracy
 from mechicl.analysis.statistics import bootstrap_interval, gain_p, holm
 from mechicl.results import Score
@@ -15,6 +16,7 @@ from mechicl.results import Score
 NAME = "margin_lost"
 
 
+@guarded
 def head_effects(
     model: Any,
     data: Data,

@@ -19,6 +19,7 @@ from torch import Tensor
 from mechicl.analysis.ablation.matched import matched_draws
 from mechicl.analysis.ablation.switches import How, Switches, switchable
 from mechicl.analysis.feed import provenance
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.heads.scoring import score_heads
 from mechicl.analysis.labels import predict
 from mechicl.analysis.statistics import paired_change, wilson
@@ -37,6 +38,7 @@ PREVIOUS, INDUCTION = "previous-token head off", "induction head off"
 FIRST, SECOND = "M1 emptied", "M2 emptied"
 
 
+@guarded
 def knock_out_table(
     model: Any,
     task: Task,

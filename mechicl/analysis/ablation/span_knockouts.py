@@ -10,6 +10,7 @@ import numpy as np
 
 from mechicl.analysis.ablation.span_blocks import Cells, cells, check_name, random_cells
 from mechicl.analysis.feed import Data, batches, check_data, ids_of, progress_bar, provenance, rehearse
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.icl import mark, usable, zero_shot_control
 from mechicl.analysis.labels import Answers, Key, LabelScore, can_share, check_score, indistinct, label_logprobs, n_blocks, widen
 from mechicl.analysis.statistics import holm, mcnemar_p, mean_estimate, paired_change, permutation_p
@@ -24,6 +25,7 @@ TOLERANCE = 1e-6
 """Nats. Mean margins closer than this are equal."""
 
 
+@guarded
 def span_knockout(
     model: Any,
     data: Data,

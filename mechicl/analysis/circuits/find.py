@@ -13,6 +13,7 @@ from mechicl.analysis.circuits.runs import CircuitRuns
 from mechicl.analysis.circuits.scores import check_level, places_of
 from mechicl.analysis.circuits.search import forward, grown, prefixes, prune, smallest_prefix
 from mechicl.analysis.feed import provenance
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.patching.metrics import Metric
 from mechicl.errors import OptionError
 from mechicl.models.edge_graph import EdgeGraph
@@ -26,6 +27,7 @@ Method = Literal["threshold", "greedy", "prune"]
 node that helps most, one by one. prune: from the whole graph, the least harmful edges dropped by exact effects (close to ACDC)."""
 
 
+@guarded
 def find_circuit(
     model: Any,
     pairs: Pairs,
@@ -100,6 +102,7 @@ def find_circuit(
     )  # fmt: skip
 
 
+@guarded
 def evaluate_circuit(
     model: Any,
     pairs: Pairs,
@@ -145,6 +148,7 @@ def evaluate_circuit(
     )  # fmt: skip
 
 
+@guarded
 def circuit_curve(
     model: Any,
     pairs: Pairs,

@@ -11,6 +11,7 @@ from mechicl.analysis.examples.binary import Marked, measure
 from mechicl.analysis.examples.retrieval import By, Chosen, choose, embed_usable, same_items, similarities
 from mechicl.analysis.examples.strategies import BASELINES, PROMPTED, Choose, Task, run_ways
 from mechicl.analysis.feed import provenance
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.labels import LabelScore, check_score, predict
 from mechicl.analysis.statistics import holm, mcnemar_p
 from mechicl.data.anchored import Negative, Plan, makers_of
@@ -22,6 +23,7 @@ from mechicl.results import Skipped, Strategies, StrategyScore
 NEED_POOL = ("random", "retrieved", "least similar", *BASELINES)
 
 
+@guarded
 def compare_strategies(
     model: Any,
     queries: Sequence[Shot],

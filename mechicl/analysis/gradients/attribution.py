@@ -13,6 +13,7 @@ from mechicl.analysis.feed import progress_bar, provenance
 from mechicl.analysis.gradients.attribution_runs import HookPoints, Path, Products
 from mechicl.analysis.gradients.differentiable import Measure, measure
 from mechicl.analysis.gradients.through_softmax import Softmax
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.patching import patch as patching
 from mechicl.analysis.patching.cells import By, Patch, Selection
 from mechicl.analysis.patching.job import Given, Job, prepare
@@ -26,6 +27,7 @@ from mechicl.results import Agreement, Attribution, Head
 from mechicl.results.patching import Direction
 
 
+@guarded
 def attribute(
     model: Any,
     clean: Given,

@@ -16,6 +16,7 @@ from mechicl.analysis.gradients.differentiable import Part, Scored, gap, parts, 
 from mechicl.analysis.gradients.edge_exact import edges_exactly
 from mechicl.analysis.gradients.edge_gradients import CHUNK_BYTES, START, Run, between_layers, gradients_at, received, sent, two_runs
 from mechicl.analysis.gradients.through_softmax import Heads, Softmax, edges_through_softmax
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.patching.job import Given
 from mechicl.analysis.patching.metrics import Metric
 from mechicl.analysis.patching.patch import gap_between
@@ -31,6 +32,7 @@ from mechicl.results.patching import Direction
 Method = Literal["EAP", "EAP-IG"]
 
 
+@guarded
 def eap(
     model: Any,
     clean: Given,

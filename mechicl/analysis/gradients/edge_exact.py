@@ -12,6 +12,7 @@ from torch import Tensor
 from mechicl.analysis.feed import progress_bar
 from mechicl.analysis.gradients.differentiable import Part, Scored, parts
 from mechicl.analysis.gradients.edge_gradients import START, Run, between_layers, two_runs, written
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.patching.paths import graph_of
 from mechicl.errors import OptionError
 from mechicl.models import streams
@@ -22,6 +23,7 @@ from mechicl.results.patching import Direction
 
 
 @torch.no_grad()
+@guarded
 def edges_exactly(
     model: Any, pairs: Scored, edges: Sequence[Edge], direction: Direction, *, batch_size: int = 8, progress: bool = False
 ) -> np.ndarray:

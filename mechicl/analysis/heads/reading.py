@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechicl.analysis.feed import Data, batches, progress_bar
+from mechicl.analysis.feed import Data, progress_bar
+from mechicl.analysis.guarded import each_batch
 from mechicl.analysis.heads.measures import back, elsewhere, group_mass, sink
 from mechicl.analysis.layout import Layout, closing_group, count_shots, image_group, layout, text_group
 from mechicl.errors import NotFiniteError, UnsupportedModelError
@@ -77,14 +78,17 @@ def read(model: Any, data: Data, wanted: Wanted, *, batch_size: int, progress: b
         UnsupportedModelError: no layer has a pattern.
     """
     n_shots = count_shots(data) if isinstance(data, Batch) else max(len(episode.shots) for episode in data)
-    parts, layouts, n_offsets, seen = [], [], 0, 0
-    n_batches = -(-len(data) // batch_size)
-    for batch in progress_bar(batches(model, data, batch_size), total=n_batches, what="reading attention", show=progress):
+    n_offsets = 0
+
+    def work(batch: Batch, rows: range) -> tuple[dict[str, np.ndarray], Layout]:
+        nonlocal n_offsets
         where = layout(batch, n_shots)
         n_offsets = n_offsets or max(wanted.k_back + 2, min(MOST_OFFSETS, int(where.real.sum(1).min()) // 2))
-        parts.append(_read_batch(model, batch, where, wanted, n_offsets, list(names[seen : seen + batch.n])))
-        layouts.append(where)
-        seen += batch.n
+        return _read_batch(model, batch, where, wanted, n_offsets, list(names[rows.start : rows.stop])), where
+
+    bar = progress_bar(None, total=len(data), what="reading attention", show=progress)
+    parts, layouts = zip(*each_batch(model, data, batch_size, work, done=bar.update), strict=True)
+    bar.close()
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name != "label_density"}
     pairs = np.stack([part["label_density"] for part in parts])
     with np.errstate(invalid="ignore"):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mechicl.analysis.feed import Data, check_data, comparable, ids_of, provenance, rehearse, take
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.heads.named import SCORES, Scorer
 from mechicl.analysis.heads.reading import Reading, Wanted, read
 from mechicl.analysis.layout import PLACES, closing_group, image_group, place_group, text_group
@@ -19,6 +20,7 @@ DEFAULT_SCORES: tuple[str, ...] = tuple(name for name in SCORES if name != "prev
 """All but the whole-prompt previous-token score, which reads every row of the prompt, picture tokens included."""
 
 
+@guarded
 def score_heads(
     model: Any,
     data: Data,
@@ -126,6 +128,7 @@ def _notes(reading: Reading, found: dict[str, Score], n_null: int, n_heads: int)
     return notes
 
 
+@guarded
 def attention_by_role(
     model: Any, data: Data, *, seed: int = 0, batch_size: int = 8, task: str = "", progress: bool = True
 ) -> RoleAttention:

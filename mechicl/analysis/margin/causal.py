@@ -11,6 +11,7 @@ from typing import Any, get_args
 import numpy as np
 
 from mechicl.analysis.feed import Data, batches, check_data, comparable, ids_of, progress_bar, provenance, rehearse, take
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.icl import usable
 from mechicl.analysis.labels import indistinct
 from mechicl.analysis.margin.push import Engine, Moved, Pushed
@@ -22,6 +23,7 @@ from mechicl.prompts.batch import Batch
 from mechicl.results import Estimate, Head, MarginEffect
 
 
+@guarded
 def move_margin(
     model: Any,
     data: Data,

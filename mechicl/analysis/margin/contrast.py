@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mechicl.analysis.feed import Data, check_data, comparable, ids_of, provenance, rehearse, take
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.heads.nulls import shuffled_null, shuffles
 from mechicl.analysis.icl import usable
 from mechicl.analysis.labels import LabelScore, answer, check_score, margins, predict
@@ -32,6 +33,7 @@ TOKENS = {
 QUERY_TOKENS = {"before": "the query's last token", "item": "the query's item's last token", "label": "any label put behind the query"}
 
 
+@guarded
 def contrast_margin(
     model: Any,
     data: Data,

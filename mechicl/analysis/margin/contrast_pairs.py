@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechicl.analysis.feed import Data, batches, check_data, comparable, ids_of, progress_bar, provenance, rehearse, take
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.icl import usable
 from mechicl.analysis.labels import answer, predict
 from mechicl.analysis.layout import count_shots
@@ -76,6 +77,7 @@ class ContrastPairs:
         return len(self.known)
 
 
+@guarded
 def contrast_pairs(
     model: Any,
     data: Data,

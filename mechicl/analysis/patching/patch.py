@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from mechicl.analysis.feed import progress_bar, provenance
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.patching.cells import By, Selection, SitePlan
 from mechicl.analysis.patching.engine import Engine
 from mechicl.analysis.patching.job import CELLS_AT_ONCE, Given, Job, prepare
@@ -27,6 +28,7 @@ from mechicl.results.patching import Direction, PatchCost, PatchEffects, SiteEff
 Correction = Literal["holm", "fdr_bh"]
 
 
+@guarded
 def patch(
     model: Any,
     clean: Given,
@@ -111,6 +113,7 @@ def patch(
     return result
 
 
+@guarded
 def cost(
     model: Any,
     clean: Given,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mechicl.analysis.feed import progress_bar, provenance
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.patching.job import sides_of
 from mechicl.analysis.patching.metrics import Metric, contrast
 from mechicl.analysis.patching.patch import Correction, gap_between
@@ -28,6 +29,7 @@ from mechicl.results.paths import PathEffects
 NORMED = "A norm stands between the heads and the stream: a head is exchanged before it, the norm is computed anew, and the heads' parts do not add up."
 
 
+@guarded
 def path_patch(
     model: Any,
     clean: Batch | Pairs | Sequence[Episode],

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from mechicl.analysis.feed import provenance
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.patching.cells import INPUTS, STREAM, cross
 from mechicl.analysis.patching.engine import Engine
 from mechicl.analysis.patching.metrics import Contrast, Metric
@@ -23,6 +24,7 @@ from mechicl.results.patching import Transplant, TransplantRow
 SITES = (*STREAM, "z", "q", "k", "v", *ROTATED, "embed")
 
 
+@guarded
 def transplant(
     model: Any,
     target: Batch,

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechicl.analysis.feed import Data, batches, check_data, ids_of, progress_bar, provenance, rehearse, take
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.kinds import KINDS, present
 from mechicl.analysis.readout.sources import Sources
 from mechicl.analysis.readout.unembedding import Unembedding, first_tokens, soft_cap
@@ -34,6 +35,7 @@ Split = Literal["component", "layer", "span"]
 CONTROL = "the exemplars' labels permuted"
 
 
+@guarded
 def direct_logits(
     model: Any,
     data: Data,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mechicl.analysis.ablation.matched import matched_draws
 from mechicl.analysis.feed import batches, check_data, ids_of, progress_bar, provenance, rehearse
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.labels import predict
 from mechicl.analysis.readout.function_vectors import reader, shuffle
 from mechicl.analysis.statistics import mean_estimate, paired_change, permutation_p, wilson
@@ -24,6 +25,7 @@ from mechicl.results import FunctionVector, VectorEffect
 Prompts = Literal["zero-shot", "labels shuffled"]
 
 
+@guarded
 def add_function_vector(
     model: Any,
     episodes: Sequence[Episode],

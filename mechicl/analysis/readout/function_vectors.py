@@ -12,6 +12,7 @@ from torch import Tensor
 from mechicl.analysis.ablation.switches import switchable, z_name
 from mechicl.analysis.feed import batches, check_data, ids_of, progress_bar, provenance, rehearse
 from mechicl.analysis.gradients.backward import values
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.statistics import bootstrap_interval, gain_p, holm
 from mechicl.errors import EpisodeError, OptionError
 from mechicl.models import streams
@@ -27,6 +28,7 @@ Means = Mapping[int, Tensor]
 """Layer -> heads' outputs at the last token, [n, head, d_head], float32."""
 
 
+@guarded
 def function_vector_scores(
     model: Any,
     episodes: Sequence[Episode],
@@ -168,6 +170,7 @@ def reader(batch: Batch) -> Callable[[Tensor], tuple[np.ndarray, np.ndarray]]:
     return read
 
 
+@guarded
 def function_vector(
     model: Any, episodes: Sequence[Episode], heads: Sequence[Head], *, batch_size: int = 8, task: str = ""
 ) -> FunctionVector:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mechicl.analysis.feed import Data, batches, check_data, comparable, provenance, rehearse, take
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.prompts import prompt_view
 from mechicl.analysis.readout.copying import copying
 from mechicl.analysis.readout.head_reading import HeadReading, attention_scale
@@ -25,6 +26,7 @@ AGREE = 1e-2
 """Gap between score differences taken apart here and those of the model's attention, as a share of the scores, above which it is said that they have other terms."""
 
 
+@guarded
 def head_circuits(
     model: Any,
     heads: Sequence[Head],

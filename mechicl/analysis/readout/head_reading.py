@@ -12,6 +12,7 @@ from mechicl.analysis.readout.norms import FrozenNorm
 from mechicl.analysis.readout.rotation import Rotation, recover
 from mechicl.analysis.readout.written import Written
 from mechicl.errors import UnsupportedModelError
+from mechicl.models.stored import place
 from mechicl.models.weights import AttentionWeights
 from mechicl.results import Head
 
@@ -117,7 +118,7 @@ class FrozenHeadNorm:
         self.together = weight.numel() == plain.shape[2] * plain.shape[3] != plain.shape[3]
         self.eps = next((v for name in ("eps", "variance_epsilon", "norm_eps") if isinstance(v := getattr(norm, name, None), float)), 1e-6)
         with torch.no_grad():
-            self.weight = norm(torch.ones_like(weight)).float() * (1 + self.eps) ** 0.5
+            self.weight = norm(torch.ones(weight.shape, dtype=weight.dtype, device=place(norm))).float() * (1 + self.eps) ** 0.5
 
     def factor(self, plain: Float[Tensor, "batch n head d_head"]) -> Float[Tensor, "batch n head d_head"]:
         """Weight over scale."""

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechicl.analysis.feed import Data, batches, check_data, ids_of, progress_bar, provenance, rehearse, take
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.kinds import KINDS, chosen_kinds, kind_masks, present
 from mechicl.analysis.prompts import prompt_view
 from mechicl.analysis.readout.direct_logits import comparable_labels
@@ -30,6 +31,7 @@ Of = Literal["margin", "logprob", "rank"]
 UNITS = {"margin": "logits", "logprob": "nats", "rank": "rank"}
 
 
+@guarded
 def logit_lens(
     model: Any,
     data: Data,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mechicl.analysis.feed import check_data, ids_of, progress_bar, provenance, rehearse
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.labels import LabelScore, check_score
 from mechicl.analysis.shift.factor_runs import ZERO_SHOT, Answered, Read, check_changes
 from mechicl.analysis.shift.read import Part
@@ -25,6 +26,7 @@ from mechicl.prompts.episode import Episode
 from mechicl.results import Decomposition, Estimate, FactorShares, Skipped
 
 
+@guarded
 def factor_shares(
     model: Any,
     episodes: Sequence[Episode],

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mechicl.analysis.feed import Data, ids_of, progress_bar, provenance, rehearse
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.shift.measures import cka_interval
 from mechicl.analysis.shift.pairs import OUTSIDE, SPANS, Prompts, Table, Wanted, read_prompts
 from mechicl.analysis.shift.read import Part, check_parts, readable_layers
@@ -31,6 +32,7 @@ TIE = 1e-6
 """Differences of two relative shifts that are rounding."""
 
 
+@guarded
 def kv_shift(
     model: Any,
     data: Data,

@@ -16,6 +16,7 @@ import torch
 from mechicl.analysis.effect_sizes import paired_effect
 from mechicl.analysis.examples.retrieval import By, Chosen, choose, embed, same_items, similarities
 from mechicl.analysis.feed import progress_bar, provenance
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.shift.kv_shift import TIE, check_spans, mean_of
 from mechicl.analysis.shift.pairs import Prompts, Table, Wanted, read_prompts
 from mechicl.analysis.shift.read import Part, check_parts, readable_layers
@@ -37,6 +38,7 @@ FEW = 5
 """Queries below which a paired effect has no interval worth the name."""
 
 
+@guarded
 def similarity_test(
     model: Any,
     queries: Sequence[Episode],
