@@ -117,13 +117,9 @@ def _reports(source: Path, kind: str, images: Path | None) -> list[Any]:
         from mechicl.data.isekai import check_isekai
 
         return [check_isekai(source, images=images)]
-    if kind == "classes":
-        from mechicl.data.class_folders import check_class_folders
+    from mechicl.data.own import check_own
 
-        return [check_class_folders(source)]
-    from mechicl.data.own_table import check_table
-
-    return [check_table(source, images=images)]
+    return [check_own(source, images=images)]
 
 
 def _vl_icl_reports(source: Path) -> list[Any]:

@@ -8,8 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from mechicl.cli.options import (
+    AnyClasses,
+    AnySize,
     BatchSize,
-    Classes,
+    DataSource,
     Device,
     Dtype,
     Episodes,
@@ -19,12 +21,10 @@ from mechicl.cli.options import (
     Revision,
     Seed,
     Shots,
-    Size,
     TaskName,
     Trust,
-    draw_episodes,
+    asked,
     load_model,
-    task_name,
     write_text,
 )
 from mechicl.errors import OptionError
@@ -33,10 +33,11 @@ from mechicl.errors import OptionError
 def heads(
     model: Model = "demo",
     task: TaskName = "concepts",
+    data: DataSource = None,
     episodes: Episodes = 64,
-    classes: Classes = 4,
+    classes: AnyClasses = None,
     shots: Shots = 2,
-    size: Size = 56,
+    size: AnySize = None,
     seed: Seed = 0,
     top: Annotated[int, typer.Option(min=1, help="Heads to list per score.")] = 5,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write every score of every head as CSV.")] = None,
@@ -51,11 +52,12 @@ def heads(
     from mechicl.views.report import check_writable
 
     target = check_writable(out) if out is not None else None
-    few = draw_episodes(task, episodes, classes, shots, size, seed)
+    prompts = asked(task, data, episodes, classes, shots, size, seed)
+    few = prompts.draw()
     loaded = load_model(model, device, dtype, revision, trust_remote_code, quiet)
     from mechicl.analysis.heads.scoring import score_heads
 
-    scores = score_heads(loaded, few, seed=seed, batch_size=batch_size, task=task_name(task, classes, shots), progress=not quiet)
+    scores = score_heads(loaded, few, seed=seed, batch_size=batch_size, task=prompts.name, progress=not quiet)
     typer.echo("score                   head     value  95 % interval     null   p (Holm)")
     for name, score in scores.scores.items():
         for layer, head in score.top(top):
@@ -77,10 +79,11 @@ def ablate(
     by: Annotated[str, typer.Option(help="The score that ranks --top.")] = "induction",
     model: Model = "demo",
     task: TaskName = "concepts",
+    data: DataSource = None,
     episodes: Episodes = 64,
-    classes: Classes = 4,
+    classes: AnyClasses = None,
     shots: Shots = 2,
-    size: Size = 56,
+    size: AnySize = None,
     seed: Seed = 0,
     how: Off = "mean",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write every accuracy as CSV.")] = None,
@@ -102,14 +105,15 @@ def ablate(
     target = check_writable(out) if out is not None else None
     if top is not None:
         _check_score(by)
-    few = draw_episodes(task, episodes * (2 if top else 1), classes, shots, size, seed)
+    prompts = asked(task, data, episodes, classes, shots, size, seed)
+    few = prompts.draw(times=2 if top else 1)
     loaded = load_model(model, device, dtype, revision, trust_remote_code, quiet)
     from mechicl.analysis.ablation.ablate import ablate as switch_off
     from mechicl.analysis.heads.scoring import score_heads
     from mechicl.views.story import against_random, percent, points
     from mechicl.views.tables import ablation_frame
 
-    common: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "task": task_name(task, classes, shots), "progress": not quiet}
+    common: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "task": prompts.name, "progress": not quiet}
     if top is not None:
         scores = score_heads(loaded, few[::2], scores=(by,), **common)
         wanted, few = tuple(scores.top(by, top)), few[1::2]

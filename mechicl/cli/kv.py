@@ -8,8 +8,10 @@ from typing import Annotated, Any, get_args
 import typer
 
 from mechicl.cli.options import (
+    AnyClasses,
+    AnySize,
     BatchSize,
-    Classes,
+    DataSource,
     Device,
     Dtype,
     Episodes,
@@ -18,14 +20,12 @@ from mechicl.cli.options import (
     Revision,
     Seed,
     Shots,
-    Size,
     TaskName,
     Trust,
+    asked,
     check_folder,
-    draw_episodes,
     load_model,
     one_of,
-    task_name,
     write_text,
 )  # fmt: skip
 from mechicl.errors import EpisodeError
@@ -44,10 +44,11 @@ def kv(
     similarity: Annotated[bool, typer.Option("--similarity", help="Also ask whether examples like the query shift more.")] = False,
     model: Model = "demo",
     task: TaskName = "concepts",
+    data: DataSource = None,
     episodes: Episodes = 32,
-    classes: Classes = 4,
+    classes: AnyClasses = None,
     shots: Shots = 2,
-    size: Size = 56,
+    size: AnySize = None,
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A folder for the tables and an HTML page.")] = None,
     device: Device = None,
@@ -60,14 +61,15 @@ def kv(
     """Compare keys and values of the query with and without the examples: how far they move, by what, and what that says about the answers."""
     named = _check(control, filler, spans, semantics, format)
     folder = check_folder(out)
-    few = draw_episodes(task, episodes, classes, shots, size, seed)
+    prompts = asked(task, data, episodes, classes, shots, size, seed)
+    few = prompts.draw()
     loaded = load_model(model, device, dtype, revision, trust_remote_code, quiet)
     from mechicl.analysis.shift.story import KVPlan, examples_story, kv_cost
 
     plan = KVPlan(control=control, filler=filler, spans=named, semantics=semantics, format=format, shares=factors, margin=margin, similarity=similarity,  # type: ignore[arg-type]
                   most_shift=episodes, most_shares=episodes, most_margin=episodes)  # fmt: skip
     typer.echo(f"keys and values: {kv_cost(loaded, few, plan, batch_size=batch_size)}", err=True)
-    story = examples_story(loaded, few, plan, seed=seed, batch_size=batch_size, task=task_name(task, classes, shots), progress=not quiet)
+    story = examples_story(loaded, few, plan, seed=seed, batch_size=batch_size, task=prompts.name, progress=not quiet)
     if all(part is None for part in (story.shift, story.shares, story.margin, story.similarity)):
         raise EpisodeError(" ".join(story.notes))
     from mechicl.views.kv_story import kv_notes, kv_told
@@ -78,7 +80,7 @@ def kv(
     for note in kv_notes(story):
         typer.echo(note, err=True)
     if folder is not None:
-        command = f"mechicl kv --model {model} --task {task} --episodes {episodes} --classes {classes} --shots {shots} --size {size} --seed {seed} --control {control} --filler {filler}"
+        command = f"mechicl kv --model {model} {prompts.flags} --control {control} --filler {filler}"
         command += f' --spans "{spans}"' if spans else ""
         command += f' --factors --semantics "{semantics}" --format "{format}"' if factors else ""
         command += "".join(f" --{name}" for name, on in (("margin", margin), ("similarity", similarity)) if on)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,7 +12,9 @@ import typer
 
 from mechicl.errors import OptionError, OutputPathError
 
-Task = Literal["concepts", "digits"]
+Task = Literal["concepts", "digits", "own", "open_mi", "fast_open_mi", "matching_mi", "clevr", "operator_induction", "operator_induction_interleaved", "textocr"]  # fmt: skip
+GENERATED = ("concepts", "digits")
+"""Tasks that need no data."""
 How = Literal["zero", "mean", "resample"]
 
 Model = Annotated[str, typer.Option("--model", "-m", help='"demo" (the bundled model), a folder, or a hub id.', rich_help_panel="Model")]
@@ -21,13 +25,19 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model'
 TaskName = Annotated[
     Task,
     typer.Option(
-        "--task", "-t", help="concepts: pictures of concepts nobody has met; digits: real handwritten digits.", rich_help_panel="Episodes"
+        "--task",
+        "-t",
+        help="concepts: pictures of concepts nobody has met; digits: real handwritten digits; own: your pictures in --data; the others: VL-ICL Bench in --data.",
+        rich_help_panel="Episodes",
     ),
 ]
+DataSource = Annotated[str | None, typer.Option("--data", help="own: a folder of class/picture.jpg, or a table (.csv, .jsonl, .parquet) of pictures and labels. VL-ICL Bench tasks: the benchmark's folder.", rich_help_panel="Episodes")]  # fmt: skip
 Episodes = Annotated[int, typer.Option("--episodes", "-n", min=1, help="How many prompts.", rich_help_panel="Episodes")]
 Classes = Annotated[int, typer.Option(min=2, help="Classes in each prompt.", rich_help_panel="Episodes")]
 Shots = Annotated[int, typer.Option(min=1, help="Examples of each class.", rich_help_panel="Episodes")]
 Size = Annotated[int, typer.Option(min=8, help="Side of the pictures, pixels.", rich_help_panel="Episodes")]
+AnyClasses = Annotated[int | None, typer.Option("--classes", min=2, help="Classes in each prompt; by default 4 where they are drawn here, 2 in own data and open_mi.", rich_help_panel="Episodes")]  # fmt: skip
+AnySize = Annotated[int | None, typer.Option("--size", min=8, help="Side of the pictures, pixels; by default 56 where they are drawn here. Files are shrunk to it, or left as they are.", rich_help_panel="Episodes")]  # fmt: skip
 Seed = Annotated[int, typer.Option(min=0, help="Decides episodes, nulls, random heads.", rich_help_panel="Episodes")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Prompts per forward pass.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
@@ -45,6 +55,90 @@ def draw_episodes(
     if task == "concepts":
         return concepts.draw(n, classes=classes, shots=shots, size=size, seed=seed, syllables=(2, 2) if one_length else (1, 4))
     return digits.draw(n, classes=classes, shots=shots, size=size, seed=seed)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The prompts that a command was asked for. `classes` is None where the task decides it, `size` where pictures are left as they are."""
+
+    task: str
+    data: str | None
+    n: int
+    classes: int | None
+    shots: int
+    size: int | None
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """In words, for results."""
+        if self.classes is not None:
+            return task_name(self.task if self.data is None else f"{self.task} of {Path(self.data).name}", self.classes, self.shots)
+        return f"{self.task}, {self.shots} {'shot' if self.shots == 1 else 'shots'}"
+
+    @property
+    def flags(self) -> str:
+        """As options, for the command that a report prints."""
+        given = [("task", self.task), ("data", self.data and shlex.quote(self.data)), ("episodes", self.n), ("classes", self.classes), ("shots", self.shots), ("size", self.size), ("seed", self.seed)]  # fmt: skip
+        return " ".join(f"--{name} {value}" for name, value in given if value is not None)
+
+    def draw(self, *, least: int = 1, times: int = 1, one_length: bool = False) -> list[Any]:
+        """`times` as many episodes as were asked for; see `draw_episodes`.
+
+        Raises:
+            OptionError: fewer than `least`, or more than the data has.
+            ImageError: data that cannot be used; what can be left out is left out and said.
+        """
+        if self.task in GENERATED:
+            assert self.classes is not None
+            assert self.size is not None
+            return draw_episodes(
+                self.task, times * self.n, self.classes, self.shots, self.size, self.seed, least=least, one_length=one_length
+            )
+        if self.n < least:
+            raise OptionError(f"episodes must be at least {least}, half to find heads and half to prove them; got {self.n}. Ask for more.")
+        return self._own(times * self.n) if self.task == "own" else self._vl_icl(times * self.n)
+
+    def _own(self, n: int) -> list[Any]:
+        from mechicl.data.own import check_own, draw, pool_of
+
+        assert self.data is not None
+        assert self.classes is not None
+        report = check_own(self.data, size=self.size, least=self.shots + 1)
+        if report.problems:
+            typer.echo(str(report), err=True)
+        return draw(pool_of(report, size=self.size), n, classes=self.classes, shots=self.shots, seed=self.seed)
+
+    def _vl_icl(self, n: int) -> list[Any]:
+        from mechicl.data.vl_icl import load_vl_icl
+
+        assert self.data is not None
+        found = load_vl_icl(self.data, self.task, size=self.size, strict=False)  # type: ignore[arg-type]
+        if found.report.problems:
+            typer.echo(str(found.report), err=True)
+        shown = found.name in ("clevr", "operator_induction", "operator_induction_interleaved")  # else few prompts show the right label
+        return found.episodes(n, shots=self.shots, classes=self.classes or 2, shown=shown, seed=self.seed)
+
+
+def asked(task: str, data: str | None, n: int, classes: int | None, shots: int, size: int | None, seed: int) -> Asked:
+    """What a command's options ask for, with defaults that suit the task; nothing is read yet.
+
+    Raises:
+        OptionError: data without a task that reads it, such a task without data, or a task whose answers no head score can use.
+    """
+    if (data is None) != (task in GENERATED):
+        raise OptionError(f"data must be given with the tasks that read it, and with no other; got task {task} {'with' if data else 'without'} --data. E.g. --task own --data photos.")  # fmt: skip
+    if data is not None and not Path(data).expanduser().exists():
+        raise OptionError(f"data must be a folder or a file; there is no {data!r}. Check the path.")
+    if task == "textocr":
+        raise OptionError(
+            "task must be one whose answers occur among its examples; got textocr, where none does. Its written answers: mechicl eval tasks."
+        )
+    if task in GENERATED:
+        return Asked(task, None, n, classes or 4, shots, size or 56, seed)
+    if classes is not None and task not in ("own", "open_mi", "fast_open_mi"):
+        raise OptionError(f"classes must be left out for {task}; got {classes}. Its answers are what occurs in the data.")
+    return Asked(task, data, n, classes or 2 if task in ("own", "open_mi", "fast_open_mi") else None, shots, size, seed)
 
 
 def task_name(task: str, classes: int, shots: int) -> str:

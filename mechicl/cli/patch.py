@@ -10,8 +10,10 @@ from typing import Annotated, Any, get_args
 import typer
 
 from mechicl.cli.options import (
+    AnyClasses,
+    AnySize,
     BatchSize,
-    Classes,
+    DataSource,
     Device,
     Dtype,
     Episodes,
@@ -20,14 +22,12 @@ from mechicl.cli.options import (
     Revision,
     Seed,
     Shots,
-    Size,
     TaskName,
     Trust,
+    asked,
     check_folder,
-    draw_episodes,
     load_model,
     one_of,
-    task_name,
     write_text,
 )  # fmt: skip
 from mechicl.errors import OptionError
@@ -51,10 +51,11 @@ def patch(
     align: Annotated[str | None, typer.Option(help="mean or resize, where the two prompts' spans differ in length; refused without.")] = None,
     model: Model = "demo",
     task: TaskName = "concepts",
+    data: DataSource = None,
     episodes: Episodes = 32,
-    classes: Classes = 4,
+    classes: AnyClasses = None,
     shots: Shots = 2,
-    size: Size = 56,
+    size: AnySize = None,
     seed: Seed = 0,
     top: Annotated[int, typer.Option(min=1, help="Cells to list per site.")] = 8,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A folder for cells, table and HTML page; the same command goes on where it was.")] = None,
@@ -76,7 +77,8 @@ def patch(
     _check_common(pairs, metric)
     kept, named = parse_layers(layers), tuple(part.strip() for part in spans.split(",") if part.strip()) if spans else None
     folder = check_folder(out)
-    few = draw_episodes(task, episodes, classes, shots, size, seed, one_length=True)
+    prompts = asked(task, data, episodes, classes, shots, size, seed)
+    few = prompts.draw(one_length=True)
     loaded = load_model(model, device, dtype, revision, trust_remote_code, quiet)
     from mechicl.analysis.patching.patch import cost
     from mechicl.analysis.patching.patch import patch as exchange
@@ -92,7 +94,7 @@ def patch(
         return
     with contextlib.redirect_stdout(sys.stderr):  # what is said about cost is no result
         results = [
-            exchange(loaded, found, sites=some, by=way, spans=spans_of, out=_part(folder, way, len(groups)), seed=seed, task=task_name(task, classes, shots), progress=not quiet, **common)  # type: ignore[arg-type]
+            exchange(loaded, found, sites=some, by=way, spans=spans_of, out=_part(folder, way, len(groups)), seed=seed, task=prompts.name, progress=not quiet, **common)  # type: ignore[arg-type]
             for (way, some), spans_of in zip(groups, only, strict=True)
         ]  # fmt: skip
     typer.echo(
@@ -104,7 +106,7 @@ def patch(
     for note in dict.fromkeys(note for result in results for note in result.notes):
         typer.echo(note, err=True)
     if folder is not None:
-        command = f"mechicl patch --model {model} --task {task} --episodes {episodes} --classes {classes} --shots {shots} --size {size} --seed {seed} --pairs {pairs} --sites {sites}"
+        command = f"mechicl patch --model {model} {prompts.flags} --pairs {pairs} --sites {sites}"
         command += "".join(
             f" --{key} {value}"
             for key, value in (("by", by), ("layers", layers), ("spans", spans and f'"{spans}"'), ("align", align))
@@ -128,10 +130,11 @@ def circuit(
     metric: Metric = "logit_diff",
     model: Model = "demo",
     task: TaskName = "concepts",
+    data: DataSource = None,
     episodes: Episodes = 64,
-    classes: Classes = 4,
+    classes: AnyClasses = None,
     shots: Shots = 2,
-    size: Size = 56,
+    size: AnySize = None,
     seed: Seed = 0,
     out: Out = None,
     device: Device = None,
@@ -149,7 +152,8 @@ def circuit(
         raise OptionError(f"target must lie between 0 and 1; got {target}. 0.85 keeps what carries 85 % of the difference.")
     _check_common(pairs, metric)
     folder = check_folder(out)
-    few = draw_episodes(task, episodes, classes, shots, size, seed, least=8, one_length=True)
+    prompts = asked(task, data, episodes, classes, shots, size, seed)
+    few = prompts.draw(least=8, one_length=True)
     loaded = load_model(model, device, dtype, revision, trust_remote_code, quiet)
     from mechicl.analysis.circuits.tracing import CircuitPlan, circuit_cost, search_circuit
     from mechicl.prompts.corrupt import minimal_pairs
@@ -160,7 +164,7 @@ def circuit(
     plan = CircuitPlan(method, search, level, target, exact, random, metric)  # type: ignore[arg-type]
     typer.echo(str(circuit_cost(loaded, find, prove, plan, batch_size=batch_size)), err=True)
     scores, found, curve = search_circuit(
-        loaded, find, prove, plan, seed=seed, batch_size=batch_size, task=task_name(task, classes, shots), progress=not quiet
+        loaded, find, prove, plan, seed=seed, batch_size=batch_size, task=prompts.name, progress=not quiet
     )
     trace = Trace(None, scores, found, curve, pairs, find.n, prove.n)
     typer.echo(circuit_sentence(found))
@@ -174,7 +178,7 @@ def circuit(
     for note in trace_notes(trace):
         typer.echo(note, err=True)
     if folder is not None:
-        command = f"mechicl circuit --model {model} --task {task} --episodes {episodes} --classes {classes} --shots {shots} --size {size} --seed {seed} --pairs {pairs} --method {method}"
+        command = f"mechicl circuit --model {model} {prompts.flags} --pairs {pairs} --method {method}"
         _write_circuit(
             folder, trace, f"{command} --search {search} --level {level} --target {target} --metric {metric} --out {folder.name}"
         )

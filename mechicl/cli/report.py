@@ -8,8 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from mechicl.cli.options import (
+    AnyClasses,
+    AnySize,
     BatchSize,
-    Classes,
+    DataSource,
     Device,
     Dtype,
     Episodes,
@@ -19,12 +21,10 @@ from mechicl.cli.options import (
     Revision,
     Seed,
     Shots,
-    Size,
     TaskName,
     Trust,
-    draw_episodes,
+    asked,
     load_model,
-    task_name,
 )
 
 
@@ -32,10 +32,11 @@ def report(
     out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file to write.")],
     model: Model = "demo",
     task: TaskName = "concepts",
+    data: DataSource = None,
     episodes: Episodes = 64,
-    classes: Classes = 4,
+    classes: AnyClasses = None,
     shots: Shots = 2,
-    size: Size = 56,
+    size: AnySize = None,
     seed: Seed = 0,
     how: Off = "mean",
     threshold: Annotated[float, typer.Option(min=0.0, max=0.99, help="Least score of a head that is switched off.")] = 0.1,
@@ -54,7 +55,8 @@ def report(
     from mechicl.views.report import ReportContent, check_writable, write_report
 
     target = check_writable(out)
-    few = draw_episodes(task, episodes, classes, shots, size, seed, least=8)
+    prompts = asked(task, data, episodes, classes, shots, size, seed)
+    few = prompts.draw(least=8)
     loaded = load_model(model, device, dtype, revision, trust_remote_code, quiet)
     from mechicl.analysis.study import find_and_prove
 
@@ -65,13 +67,13 @@ def report(
         threshold=threshold,
         seed=seed,
         batch_size=batch_size,
-        task=task_name(task, classes, shots),
+        task=prompts.name,
         growth=_growth(model),
         trace=trace,
         kv=kv,
         progress=not quiet,
     )
-    command = f"mechicl report --model {model} --task {task} --episodes {episodes} --classes {classes} --shots {shots} --size {size} --seed {seed} --how {how}{'' if trace else ' --no-trace'}{'' if kv else ' --no-kv'} --out {out.name}"
+    command = f"mechicl report --model {model} {prompts.flags} --how {how}{'' if trace else ' --no-trace'}{'' if kv else ' --no-kv'} --out {out.name}"
     written = write_report(target, ReportContent(study, command=command))
     from mechicl.views.story import headline
 

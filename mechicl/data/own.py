@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from mechicl.data.class_folders import load_class_folders
+from mechicl.data.class_folders import FoldersReport, check_class_folders
 from mechicl.data.compose import INSTRUCTION, QUESTION
 from mechicl.data.link_pool import LinkClass, Pool
 from mechicl.data.memes_check import MAX_PIXELS
@@ -27,7 +27,7 @@ from mechicl.prompts.episode import Episode, Shot
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Names", "TableReport", "check_table", "draw", "load_own", "load_table"]
+__all__ = ["Names", "TableReport", "check_own", "check_table", "draw", "load_own", "load_table", "pool_of"]
 
 Names = Literal["own", "words"]
 """own: classes are called by their labels. words: by made-up words of two syllables, new in every episode, so that nothing the model knows of the names helps."""
@@ -49,39 +49,60 @@ def load_own(source: str | Path | pd.DataFrame, *, size: int | None = None, leas
         ImageError: with the whole report: fewer than two usable classes, or, with `strict`, any problem.
         OptionError: no such file or folder, or options that do not belong to it.
     """
-    if isinstance(source, str | Path) and Path(source).expanduser().is_dir():
-        if table:
-            raise OptionError(
-                f"{', '.join(table)} must be left out for a folder of classes; they are for tables. The folders' names are the labels."
-            )
-        return load_class_folders(source, size=size, least=least, strict=strict, max_pixels=max_pixels).train
-    return load_table(source, size=size, least=least, strict=strict, max_pixels=max_pixels, **table)
+    report = check_own(source, size=size, least=least, max_pixels=max_pixels, **table)
+    if len(report.classes) < 2 or (strict and report.problems):
+        raise ImageError(
+            f"the data must have two classes of {least} readable pictures at least; got\n{report}\n"
+            "Repair it, or pass strict=False to leave out what is unusable."
+        )
+    return pool_of(report, size=size, max_pixels=max_pixels)
 
 
 def load_table(source: str | Path | pd.DataFrame, *, image: str | None = None, label: str | None = None, images: str | Path | None = None,
-               names: Mapping[Any, str] | Sequence[str] | None = None, size: int | None = None, least: int = 2, strict: bool = True,
-               max_pixels: int = MAX_PIXELS) -> Pool:  # fmt: skip
+               names: Mapping[Any, str] | Sequence[str] | None = None, **options: Any) -> Pool:  # fmt: skip
     """Classes from a table with a picture and a label a row.
 
     Args:
         source: A file, or a DataFrame.
-        image: Column of the pictures: file names, PIL pictures, or bytes as in Parquet files of data sets ({"bytes": ..., "path": ...}). None: see `mechicl.data.own_table.IMAGE_COLUMNS`.
-        label: Column of the labels. None: see `LABEL_COLUMNS` there.
+        image: Column of the pictures: file names, PIL pictures, or bytes as in Parquet files of data sets ({"bytes": ..., "path": ...}). None: the first that is
+            called one of `mechicl.data.own_table.IMAGE_COLUMNS`.
+        label: Column of the labels. None: likewise, of `LABEL_COLUMNS`.
         images: Folder that file names start from; None: the table's own (for a DataFrame: the working folder).
         names: What labels are called in prompts, e.g. ("cat", "dog") for 0 and 1.
-        size, least, strict, max_pixels: See `load_own`.
+        **options: size, least, strict, max_pixels; see `load_own`.
 
     Raises:
         ImageError: with the whole report: fewer than two usable classes, or, with `strict`, any problem.
         OptionError: the file cannot be read, or has no such column.
     """
-    report = check_table(source, image=image, label=label, images=images, names=names, size=size, least=least, max_pixels=max_pixels)
-    if len(report.classes) < 2 or (strict and report.problems):
-        raise ImageError(
-            f"the table must have two classes of {least} readable pictures at least; got\n{report}\n"
-            "Repair it, or pass strict=False to leave out what is unusable."
-        )
-    return Pool(tuple(LinkClass(name, files) for name, files in report.classes.items()), size, max_pixels, report.source)
+    if isinstance(source, str | Path) and Path(source).expanduser().is_dir():
+        raise OptionError(f"a table must be a file or a DataFrame; got the folder {source}. Use load_own for a folder of classes.")
+    return load_own(source, image=image, label=label, images=images, names=names, **options)
+
+
+def check_own(source: str | Path | pd.DataFrame, *, size: int | None = None, least: int = 2, max_pixels: int = MAX_PIXELS,
+              **table: Any) -> FoldersReport | TableReport:  # fmt: skip
+    """Look at every row and picture once; see `load_own`."""
+    if isinstance(source, str | Path) and Path(source).expanduser().is_dir():
+        given = [name for name, value in table.items() if value is not None]
+        if given:
+            raise OptionError(
+                f"{', '.join(given)} must be left out for a folder of classes; they are for tables. The folders' names are the labels."
+            )
+        return check_class_folders(source, least=least, max_pixels=max_pixels)
+    return check_table(source, size=size, least=least, max_pixels=max_pixels, **table)
+
+
+def pool_of(report: FoldersReport | TableReport, *, size: int | None = None, max_pixels: int = MAX_PIXELS) -> Pool:
+    """The usable classes of a report.
+
+    Raises:
+        OptionError: fewer than two.
+    """
+    if isinstance(report, TableReport):
+        return Pool(tuple(LinkClass(name, files) for name, files in report.classes.items()), size, max_pixels, report.source)
+    classes = tuple(LinkClass(name, files, key=key) for key, (name, files) in report.classes.items())
+    return Pool(classes, size, max_pixels, Path(report.folder).name)
 
 
 def draw(

@@ -148,11 +148,11 @@ class VLICLTask:
 
         Args:
             n: How many queries, drawn at random; None for all.
-            shots: Examples: of each class (open_mi), pairs of a same and a different couple (matching_mi), else in all. Fewer shots are among the more.
+            shots: Examples: of each class (open_mi), pairs of a same and a different couple (matching_mi), else in all. Fewer shots are among the more (but for `shown`).
             classes: open_mi: the query's class and how many others; published 2.
             description: How much the instruction says.
-            shown: Ours: where the label of the query is not among the examples (it is by luck in clevr and the operator tasks), exchange the last example for one
-                that has it, and keep one that has another. Head scores that ask for attention to the right label need it. textocr cannot do this.
+            shown: Ours: where the label of the query is not among the examples (it is by luck in clevr and the operator tasks), exchange an example for one that
+                has it, and keep one that has another. Head scores that ask for attention to the right label need it. textocr cannot do this.
             seed: Decides which queries and which examples.
 
         Raises:
@@ -181,15 +181,17 @@ class VLICLTask:
             rows, candidates = _bound(query, shots, classes, draw)
         else:
             order = [self.support[int(i)] for i in draw.permutation(len(self.support))]
-            rows, candidates = self._drawn(query, order, shots, shown)
+            rows, candidates = self._drawn(query, order, shots, draw if shown else None)
         return self._write(query, rows, candidates, words)
 
-    def _drawn(self, query: VLICLRow, order: Sequence[VLICLRow], shots: int, shown: bool) -> tuple[list[VLICLRow], tuple[str, ...]]:
+    def _drawn(
+        self, query: VLICLRow, order: Sequence[VLICLRow], shots: int, shown: np.random.Generator | None
+    ) -> tuple[list[VLICLRow], tuple[str, ...]]:
         """Examples from support.json, and candidates."""
         if self.name == "matching_mi":
             return [twin for row in order[:shots] for twin in row.twins], self.answers
         known = [_solved(row, query.operator) for row in order]
-        rows = _showing(known, shots, query) if shown and shots else known[:shots]
+        rows = _showing(known, shots, query, shown) if shown is not None and shots else known[:shots]
         if self.name != "textocr":
             return rows, self.answers
         others = dict.fromkeys(row.answer for row in known[: max(shots, OTHERS)])
@@ -227,19 +229,19 @@ def _solved(row: VLICLRow, operator: str) -> VLICLRow:
     return row if not row.answers else VLICLRow(row.id, row.images, row.question, row.answers[OPERATORS.index(operator)])
 
 
-def _showing(known: Sequence[VLICLRow], shots: int, query: VLICLRow) -> list[VLICLRow]:
-    """The first `shots` rows, changed at the end so that one has the query's answer and, from two shots on, one has another."""
+def _showing(known: Sequence[VLICLRow], shots: int, query: VLICLRow, draw: np.random.Generator) -> list[VLICLRow]:
+    """The first `shots` rows, one exchanged at a random place so that one has the query's answer and, from two shots on, one has another."""
     have = next((row for row in known if row.answer == query.answer), None)
     if have is None:
         raise OptionError(
             f"shown needs an example with the answer of query {query.id}, {query.answer!r}; support.json has none. Leave shown out."
         )
-    rows = list(known[:shots])
+    rows, place = list(known[:shots]), int(draw.integers(shots))
     if have not in rows:
-        rows[-1] = have
-    if shots > 1 and all(row.answer == query.answer for row in rows):
-        other = next((row for row in known if row.answer != query.answer), None)
-        rows[-1] = rows[-1] if other is None else other
+        rows[place] = have
+    other = next((row for row in known if row.answer != query.answer), None)
+    if shots > 1 and other is not None and all(row.answer == query.answer for row in rows):
+        rows[place] = other
     return rows
 
 
