@@ -90,5 +90,5 @@ def test_rows_chosen_per_prompt_are_the_rows_of_the_whole_pattern() -> None:
 
 
 def test_a_term_nobody_knows_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedModelError, match="block_indices"):
-        check_terms(call(block_indices=torch.ones(2)))
+    with pytest.raises(UnsupportedModelError, match="sparsity"):
+        check_terms(call(sparsity=torch.ones(2)))

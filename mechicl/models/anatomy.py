@@ -16,13 +16,16 @@ from torch import Tensor, nn
 
 from mechicl.errors import UnsupportedModelError
 from mechicl.models.attention import AttentionCall, AttentionSession, attention_session, fused
+from mechicl.models.unembedding import Unembedding, head_of, inspect_unembedding
 
 Layout = Literal["flat", "bshd", "bhsd"]
 """How a projection's output carries the heads: [batch, pos, head * d_head], [batch, pos, head, d_head] or [batch, head, pos, d_head]."""
 
 LAYER_LISTS = ("layers", "layer", "h", "blocks", "resblocks")
 NOT_DECODER = ("vision", "visual", "image", "audio", "vq", "qformer")
-NOT_VISION = ("audio", "qformer", "text", "language_model")
+NOT_VISION = ("audio", "qformer", "text", "language_model", "video_tower")
+STREAM_NAMES = ("hidden_states", "hidden_state", "hidden_state_in", "inputs_embeds", "x")
+"""What layers call the residual stream among their keyword arguments."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +75,58 @@ class LayerAnatomy:
 
 
 @dataclass(frozen=True)
+class Streams:
+    """How the residual stream goes from layer to layer: `n` copies on `axis`, or one (axis None). Hooks see [batch, pos, n * d_model]."""
+
+    n: int = 1
+    axis: int | None = None
+
+    @property
+    def reason(self) -> str:
+        """Why what holds for one stream does not hold here; "" where there is one."""
+        return f"the residual stream goes from layer to layer as {self.n} copies" if self.n > 1 else ""
+
+    def split(self, x: Tensor) -> Tensor:
+        """As hooks see it."""
+        return x if self.axis is None else x.movedim(self.axis, -2).flatten(-2)
+
+    def join(self, x: Tensor) -> Tensor:
+        """As the layers take it."""
+        return x if self.axis is None else x.unflatten(-1, (self.n, -1)).movedim(-2, self.axis)
+
+
+@dataclass(frozen=True)
 class Anatomy:
     """The whole model. `configs` are the configurations to switch when mechicl's attention function is needed."""
 
     layers: tuple[LayerAnatomy, ...]
     vision_layers: tuple[nn.Module, ...]
     embed: nn.Module
-    final_norm: nn.Module | None
-    unembed: nn.Module
+    unembedding: Unembedding
     configs: tuple[Any, ...]
     d_model: int
+    streams: Streams
+
+    @property
+    def final_norm(self) -> nn.Module | None:
+        """The norm whose output enters the head."""
+        return self.unembedding.norm
+
+    @property
+    def unembed(self) -> Any:
+        """The matrix into the vocabulary."""
+        return self.unembedding.head
+
+    @property
+    def not_additive(self) -> str:
+        """Why heads' outputs do not add up to the stream; "" where they do."""
+        if self.streams.n > 1:
+            return self.streams.reason
+        without = [i for i, part in enumerate(self.layers) if part.attention is None]
+        bad = [i for i, part in enumerate(self.layers) if part.attention is not None and not (part.additive and part.o_proj is not None)]
+        if bad:
+            return f"layers {bad} put a norm, a gate or a scale between the heads and the residual stream"
+        return f"layers {without} add something that no softmax head wrote" if without else ""
 
 
 def first_tensor(x: Any) -> Tensor | None:
@@ -93,8 +138,13 @@ def first_tensor(x: Any) -> Tensor | None:
 
 def stream_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """The residual stream among a layer's arguments."""
-    found = kwargs.get("hidden_states")
-    return found if isinstance(found, Tensor) else (args[0] if args and isinstance(args[0], Tensor) else None)
+    name = stream_name(kwargs)
+    return kwargs[name] if name else (args[0] if args and isinstance(args[0], Tensor) else None)
+
+
+def stream_name(kwargs: Mapping[str, Any]) -> str:
+    """The keyword that holds the residual stream; "" where it comes by position."""
+    return next((name for name in STREAM_NAMES if isinstance(kwargs.get(name), Tensor)), "")
 
 
 def decoder_layers(hf: nn.Module) -> nn.ModuleList:
@@ -140,6 +190,7 @@ class Recording:
     order: list[nn.Module] = field(default_factory=list)
     calls: dict[int, AttentionCall] = field(default_factory=dict)
     attention_outputs: dict[int, Tensor] = field(default_factory=dict)
+    logits: Tensor | None = None
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if id(module) not in self.outputs:
@@ -164,12 +215,12 @@ def record_pass(hf: nn.Module, layers: nn.ModuleList, run: Callable[[], Any], co
         return out
 
     handles = [m.register_forward_hook(recording.hook, with_kwargs=True) for m in layers.modules()]
-    handles.append(hf.get_output_embeddings().register_forward_hook(recording.hook, with_kwargs=True))  # type: ignore[operator]
+    handles.append(head_of(hf).register_forward_hook(recording.hook, with_kwargs=True))
     norms = [m for m in hf.get_decoder().modules() if "norm" in type(m).__name__.lower() and id(m) not in inside]  # type: ignore[operator]
     handles += [m.register_forward_hook(recording.hook, with_kwargs=True) for m in norms]
     try:
         with attention_session(AttentionSession({}, default=handler), configs), torch.no_grad():
-            run()
+            recording.logits = getattr(run(), "logits", None)
     finally:
         for handle in handles:
             handle.remove()
@@ -177,9 +228,9 @@ def record_pass(hf: nn.Module, layers: nn.ModuleList, run: Callable[[], Any], co
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None or a.shape != b.shape:
+    if a is None or b is None or a.numel() != b.numel() or a.shape[-1] != b.shape[-1]:
         return False
-    a, b = a.float(), b.float()
+    a, b = a.float().reshape(b.shape), b.float()  # some layers flatten batch and positions on the way
     tolerance = 1e-5 * float(b.abs().max().clamp_min(1e-6))
     return bool((a - b).abs().max() <= tolerance)
 
@@ -271,15 +322,51 @@ def _inspect_layer(recording: Recording, block: nn.Module) -> LayerAnatomy:
             rest = children[children.index(ln2) + 1 :]
             found["mlp"] = next((m for m in rest if _same(recording.inputs.get(id(m)), recording.outputs.get(id(ln2)))), None)
             for child in rest:
-                if left is not None and _same(mid + recording.outputs[id(child)], left):
+                added = recording.outputs.get(id(child))
+                if left is not None and added is not None and added.numel() == mid.numel() and _same(mid + added.view_as(mid), left):
                     found["mlp_out"] = child
             break
-    if found.get("attn_out") is None:
+    if found.get("attn_out") is None and found.get("mlp_out") is None and entered is not None and left is not None:
+        found |= _side_by_side(recording, children, attention, entered, left)
+        reasons |= found.pop("missing", {})
+    if found.get("attn_out") is None and found.get("mlp_out") is None and entered is not None and left is not None:
+        found |= _only_sublayer(recording, children, attention, entered, left)
+        reasons |= found.pop("missing", {})
+    if found.get("attn_out") is None and "hook_attn_out" not in reasons:
         reason = f"{kind} gates, scales or convolves between attention and the residual stream"
         reasons |= {"hook_attn_out": reason, "hook_resid_mid": reason}
-    if found.get("mlp_out") is None:
+    if found.get("mlp_out") is None and "hook_mlp_out" not in reasons:
         reasons["hook_mlp_out"] = f"{kind} gates, scales or convolves between the MLP and the residual stream"
     return LayerAnatomy(block=block, reasons=reasons, **found)
+
+
+def _side_by_side(
+    recording: Recording, children: list[nn.Module], attention: nn.Module | None, entered: Tensor, left: Tensor
+) -> dict[str, Any]:
+    """A layer whose attention and MLP read the same stream and are added together."""
+    outs = {id(c): out for c in children if (out := recording.outputs.get(id(c))) is not None and out.numel() == entered.numel()}
+    for mlp in children:
+        if attention is None or mlp is attention or id(mlp) not in outs or id(attention) not in outs:
+            continue
+        if _same(entered + outs[id(attention)].view_as(entered) + outs[id(mlp)].view_as(entered), left):
+            missing = {"hook_resid_mid": "attention and MLP read the same stream: there is no middle"}
+            return {"attn_out": attention, "mlp": mlp, "mlp_out": mlp, "additive": True, "missing": missing}
+    return {}
+
+
+def _only_sublayer(
+    recording: Recording, children: list[nn.Module], attention: nn.Module | None, entered: Tensor, left: Tensor
+) -> dict[str, Any]:
+    """A layer that adds one thing to the stream: attention, a state space or an MLP, each in a layer of its own."""
+    for child in children:
+        out = recording.outputs.get(id(child))
+        if out is None or out.numel() != entered.numel() or not _same(entered + out.view_as(entered), left):
+            continue
+        mixes = attention is not None or any(isinstance(m, nn.Conv1d) for m in child.modules())
+        missing = {"hook_resid_mid": "the layer has one sublayer only: the stream's middle is its end"}
+        missing["hook_mlp_out" if mixes else "hook_attn_out"] = f"the layer has no {'MLP' if mixes else 'attention'}"
+        return {"attn_out" if mixes else "mlp_out": child, "additive": child is attention, "missing": missing}
+    return {}
 
 
 def inspect(hf: Any, run: Callable[[], Any]) -> tuple[Anatomy, Recording]:
@@ -305,13 +392,27 @@ def inspect(hf: Any, run: Callable[[], Any]) -> tuple[Anatomy, Recording]:
             f"model must call transformers' attention interface; {type(hf).__name__} never did. Its attention is written inline: use nnsight instead."
         )
     inspected = tuple(_inspect_layer(recording, block) for block in layers)
-    unembed = hf.get_output_embeddings()
-    head_in = recording.inputs.get(id(unembed))
-    final = next(
-        (m for m in reversed(recording.order) if "norm" in type(m).__name__.lower() and _same(recording.outputs.get(id(m)), head_in)), None
+    text = hf.config.get_text_config()
+    unembedding = inspect_unembedding(
+        head_of(hf), recording.order, recording.inputs, recording.outputs, recording.logits, getattr(text, "final_logit_softcapping", None)
     )
+    d_model = int(unembedding.head.weight.shape[1])  # type: ignore[arg-type, union-attr]
     anatomy = Anatomy(
-        layers=inspected, vision_layers=vision_layers(hf, layers), embed=hf.get_input_embeddings(), final_norm=final, unembed=unembed,
-        configs=tuple(configs), d_model=int(hf.get_output_embeddings().weight.shape[1]),
+        layers=inspected, vision_layers=vision_layers(hf, layers), embed=hf.get_input_embeddings(), unembedding=unembedding, configs=tuple(configs),
+        d_model=d_model, streams=_streams(recording.inputs.get(id(layers[0])), recording, d_model),
     )  # fmt: skip
     return anatomy, recording
+
+
+def _streams(entered: Tensor | None, recording: Recording, d_model: int) -> Streams:
+    """How many copies of the residual stream go from layer to layer, and on which axis: the one that is neither batch, positions nor width."""
+    if entered is None:
+        return Streams()
+    if entered.dim() == 3:  # side by side already, or one
+        return Streams(n=max(entered.shape[-1] // d_model, 1))
+    query = next(iter(recording.calls.values())).query
+    there = (query.shape[0], query.shape[2])
+    for axis in (0, 2):
+        if tuple(size for i, size in enumerate(entered.shape[:3]) if i != axis) == there:
+            return Streams(entered.shape[axis], axis)
+    return Streams()

@@ -24,6 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from mechicl.errors import UnsupportedModelError
+from mechicl.models.selection import SELECTIONS, selected, with_selection
 
 NAME = "mechicl"
 
@@ -34,7 +35,7 @@ INERT = frozenset({
     "dropout", "scaling", "is_causal", "sliding_window", "position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position",
     "return_dict", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "cu_seqlens", "max_seqlen", "num_items_in_batch",
     "logits_to_keep", "mm_token_type_ids", "token_type_ids", "layer_idx", "deterministic", "target_dtype", "attention_mask",
-    "cache", "position_embeddings", "past_key_values", "is_training", "text_position_ids",
+    "cache", "position_embeddings", "past_key_values", "is_training", "text_position_ids", "output_router_logits", "router_labels",
 })  # fmt: skip
 """Keyword arguments that do not change what attention computes here: masks (sliding windows included) arrive ready-made."""
 
@@ -128,6 +129,7 @@ def mechicl_attention(
     """The registered function. Shapes as transformers passes them; see `AttentionCall`."""
     session = _SESSION.get()
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    attention_mask = with_selection(attention_mask, selected(module, query, key, kwargs), bool(causal))
     call = AttentionCall(
         module=module, query=query, key=key, value=value, mask=attention_mask,
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -149,7 +151,7 @@ def check_terms(call: AttentionCall) -> None:
         UnsupportedModelError: naming the argument.
     """
     for name, value in call.kwargs.items():
-        if value is not None and name not in INERT and name not in SCORE_TERMS:
+        if value is not None and name not in INERT and name not in SCORE_TERMS and name not in SELECTIONS:
             raise UnsupportedModelError(
                 f"attention of {type(call.module).__name__} must not use arguments unknown to mechicl; got {name!r}. "
                 "Its patterns would be wrong: use model.trace (nnsight), or add the term to mechicl.models.attention."

@@ -21,7 +21,9 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def check_inputs_for(model: HookedVLM) -> dict[str, Any]:
-    """The check's prompt: a picture where there is a processor, and a text else."""
+    """The check's prompt: the given probe, or a picture where there is a processor, and a text else."""
+    if model.probe is not None:
+        return model._to_device(model.probe)
     if model.processor is not None:
         return model._to_device(picture_probe(model.processor))
     return model._to_device(text_probe(model.hf))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -15,15 +16,16 @@ from torch import Tensor, nn
 from mechicl.errors import MissingInputError, OptionError, UnsupportedModelError
 from mechicl.models.anatomy import Anatomy, inspect
 from mechicl.models.check import check_parity
-from mechicl.models.families import check_inputs, family_of, image_token_id
+from mechicl.models.families import check_inputs, family_of, image_positions
 from mechicl.models.guards import dtype_of
 from mechicl.models.hooked import Hooked, HookedConfig, HookPoint, RowReducer
+from mechicl.models.norms import Norm, eps_of
 from mechicl.models.prefix import can_continue, continue_prompts
 from mechicl.models.probe import probe_inputs
 from mechicl.models.rows import collect_rows
 from mechicl.models.stored import lead_device
 from mechicl.models.weights import AttentionWeights, Weights
-from mechicl.models.wiring import ATTENTION_ONLY, Norm, Wiring
+from mechicl.models.wiring import ATTENTION_ONLY, Wiring
 from mechicl.prompts.batch import Batch
 from mechicl.prompts.episode import Episode
 
@@ -57,13 +59,23 @@ class HookedVLM(Weights, Hooked):
         processor: Its processor.
         check: Run the load-time check: hooked against plain logits, mass on masked positions, one call per layer.
         name: What to call it in results; default its name_or_path.
+        probe: A processor's mapping to look at the model with, for one without a processor whose forward asks for a picture; default a short text.
 
     Raises:
         UnsupportedModelError: the family is refused, or no attention can be hooked; says why.
         ParityError: the check failed.
     """
 
-    def __init__(self, hf: Any, processor: Any = None, *, check: bool = True, name: str | None = None, revision: str = "") -> None:
+    def __init__(
+        self,
+        hf: Any,
+        processor: Any = None,
+        *,
+        check: bool = True,
+        name: str | None = None,
+        revision: str = "",
+        probe: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         if not hasattr(hf, "config") or not hasattr(hf, "get_decoder"):
             raise UnsupportedModelError(
@@ -74,7 +86,8 @@ class HookedVLM(Weights, Hooked):
         self._image_mask: Tensor | None = None
         self._continues: bool | None = None
         self._deaf = False
-        inputs = self._to_device(probe_inputs(hf, processor, pictures=not self.family.image_tokens))
+        self.probe = probe
+        inputs = self._to_device(probe_inputs(hf, processor, pictures=self.family.needs_picture) if probe is None else probe)
         anatomy, _ = inspect(hf, lambda: hf(**inputs, use_cache=False))
         self.anatomy: Anatomy = anatomy
         self.cfg = self._config(name)
@@ -103,10 +116,10 @@ class HookedVLM(Weights, Hooked):
     def _grow(self) -> None:
         """The tree of hook points, with those that a layer cannot feed left out and explained in `unavailable`."""
         self.hook_embed, self.blocks, unavailable = HookPoint(), nn.ModuleList(), {}
-        if self.family.image_tokens:
-            self.hook_image_features = HookPoint()
+        if reason := self.family.no_features or self.anatomy.streams.reason:
+            unavailable["hook_image_features"] = reason
         else:
-            unavailable["hook_image_features"] = "its pictures enter by cross-attention, not as tokens"
+            self.hook_image_features = HookPoint()
         for layer, part in enumerate(self.anatomy.layers):
             block, attn = Block(), AttentionWeights()
             attn.__dict__["part"] = part
@@ -123,10 +136,11 @@ class HookedVLM(Weights, Hooked):
             block.attn = attn
             for name, norm in (("ln1", part.ln1), ("ln2", part.ln2)):
                 if norm is not None:
-                    setattr(block, name, Norm(norm, _eps(norm)))
+                    setattr(block, name, Norm(norm, eps_of(norm)))
             self.blocks.append(block)
         if self.anatomy.final_norm is not None:
-            self.ln_final = Norm(self.anatomy.final_norm, _eps(self.anatomy.final_norm))
+            self.ln_final = Norm(self.anatomy.final_norm, eps_of(self.anatomy.final_norm))
+            self.cfg = replace(self.cfg, normalization_type="LN" if self.ln_final.centered else "RMS")
         self.vision = nn.Module()
         self.vision.blocks = nn.ModuleList()
         for _ in self.anatomy.vision_layers:
@@ -156,8 +170,7 @@ class HookedVLM(Weights, Hooked):
     @property
     def not_additive(self) -> str:
         """Why heads' outputs are not what is added to the stream; "" where they are."""
-        bad = [i for i, part in enumerate(self.anatomy.layers) if part.attention is not None and not part.additive]
-        return f"layers {bad} put a norm, a gate or a scale between the heads and the residual stream" if bad else ""
+        return self.anatomy.not_additive
 
     @cached_property
     def renderer(self) -> Renderer:
@@ -215,8 +228,7 @@ class HookedVLM(Weights, Hooked):
 
     @contextmanager
     def _wired(self, inputs: Mapping[str, Any], handlers: Mapping[int, Any] | None = None):
-        token = image_token_id(self.hf.config)
-        self._image_mask = None if token is None else inputs["input_ids"] == token
+        self._image_mask = image_positions(self.hf.config, inputs)
         try:
             with nullcontext() if self._deaf else Wiring(self, self.anatomy, lambda: self._image_mask).connected(handlers):
                 yield
@@ -321,10 +333,3 @@ class HookedVLM(Weights, Hooked):
             f"HookedVLM({c.model_name!r}, {c.model_type}, {c.n_layers} layers x {c.n_heads} heads ({c.n_key_value_heads} key/value), "
             f"d_model {c.d_model}, {self.cfg.dtype}, {self.device})"
         )
-
-
-def _eps(norm: nn.Module) -> float:
-    for name in ("eps", "variance_epsilon", "norm_eps"):
-        if isinstance(value := getattr(norm, name, None), float):
-            return value
-    return 1e-6

@@ -122,7 +122,7 @@ class Weights:
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
         index = torch.as_tensor(tokens, device=self.W_U.device)
-        return self.W_U.T[index].float() * self.ln_final.w  # type: ignore[attr-defined]
+        return self.anatomy.unembedding.scale * self.W_U.T[index].float() * self.ln_final.w  # type: ignore[attr-defined]
 
     def to_tokens(self, text: str, prepend_bos: bool = False) -> Tensor:
         """Token ids [1, pos] of a text without pictures."""

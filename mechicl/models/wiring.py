@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mechicl.errors import UnsupportedModelError
-from mechicl.models.anatomy import Anatomy, LayerAnatomy, Projection, first_tensor, stream_input
+from mechicl.models.anatomy import Anatomy, LayerAnatomy, Projection, first_tensor, stream_input, stream_name
 from mechicl.models.attention import (
     AttentionCall,
     AttentionSession,
@@ -29,37 +29,10 @@ from mechicl.models.attention import (
     softmax,
 )
 from mechicl.models.hooked import HookPoint, active
+from mechicl.models.norms import Norm
 
 ATTENTION_ONLY = ("rot_q", "rot_k", "attn_scores", "pattern")
 """Hook points that only the attention function can feed."""
-
-
-class Norm(nn.Module):
-    """Hook points of one norm: `hook_scale` [batch, pos, 1] and `hook_normalized` [batch, pos, d_model] (before the norm's weight), to read.
-
-    Calling it applies the model's own norm, so that TransformerLens' `apply_ln` and logit lens work.
-    """
-
-    def __init__(self, norm: nn.Module, eps: float) -> None:
-        super().__init__()
-        self.hook_scale, self.hook_normalized = HookPoint(), HookPoint()
-        self._norm = (norm,)  # in a tuple, so that it does not become a child: it already is one of the Hugging Face model
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The model's own norm."""
-        return self._norm[0](x)
-
-    def scale(self, x: Tensor) -> Tensor:
-        """Root mean square [..., 1]."""
-        return (x.float().pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
-
-    @property
-    def w(self) -> Tensor:
-        """The weight that multiplies the normalised stream [d_model], whatever the family calls it (Gemma keeps it as 1 + w)."""
-        weight = next(self._norm[0].parameters())
-        with torch.no_grad():
-            return self._norm[0](torch.ones_like(weight)).float() * (1 + self.eps) ** 0.5
 
 
 class Wiring:
@@ -68,6 +41,7 @@ class Wiring:
     def __init__(self, root: nn.Module, parts: Anatomy, image_mask: Callable[[], Tensor | None]) -> None:
         self.root, self.parts, self.image_mask = root, parts, image_mask
         self.stream: dict[int, Tensor] = {}
+        self.shape = torch.Size()
         self.handles: list[Any] = []
 
     @contextmanager
@@ -113,9 +87,10 @@ class Wiring:
         if (attn_out or mid) and part.attn_out is not None:
             self._after(part.attn_out, self._attention_out(layer, attn_out, mid))
         if (mlp_out := self.point(at + "hook_mlp_out")) and part.mlp_out is not None:
-            self._after(part.mlp_out, mlp_out)
+            self._after(part.mlp_out, self._by_position(mlp_out))
+            self._before(part.block, self._remember)
         if post := self.point(at + "hook_resid_post"):
-            self._after(part.block, post)
+            self._after(part.block, self._side_by_side(post))
         for letter in "qkv":
             projection = getattr(part, letter)
             if projection is not None and (found := self.point(f"{at}attn.hook_{letter}")):
@@ -141,11 +116,8 @@ class Wiring:
             left = fn(entered)
             if left is entered:
                 return None
-            return (
-                (args, {**kwargs, "hidden_states": left})
-                if isinstance(kwargs.get("hidden_states"), Tensor)
-                else ((left, *args[1:]), kwargs)
-            )
+            name = stream_name(kwargs)
+            return (args, {**kwargs, name: left}) if name else ((left, *args[1:]), kwargs)
 
         self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
@@ -170,7 +142,7 @@ class Wiring:
 
         def read(x: Tensor) -> Tensor:
             value = module.scale(x)
-            for point, tensor in ((scale, value), (normalized, x.float() / value)):
+            for point, tensor in ((scale, value), (normalized, module.center(x) / value)):
                 if point is not None and point(tensor) is not tensor:
                     raise UnsupportedModelError(
                         f"{point.name} must only be read; a hook returned a value. Edit the residual stream or the sublayer's output instead."
@@ -182,18 +154,47 @@ class Wiring:
     def _stream_in(
         self, layer: int, features: HookPoint | None, embed: HookPoint | None, pre: HookPoint | None
     ) -> Callable[[Tensor], Tensor]:
-        def enter(x: Tensor) -> Tensor:
+        def enter(given: Tensor) -> Tensor:
+            x = self.parts.streams.split(given)
+            seen = x
             if features is not None and (mask := self.image_mask()) is not None and mask.shape == x.shape[:2] and bool(mask.any()):
-                given = x[mask]
-                edited = features(given)
-                if edited is not given:
+                shown = x[mask]
+                edited = features(shown)
+                if edited is not shown:
                     x = x.masked_scatter(mask[..., None].expand_as(x), edited.to(x.dtype))
             for point in (embed, pre):
                 x = point(x) if point is not None else x
             self.stream[layer] = x
-            return x
+            return given if x is seen else self.parts.streams.join(x)
 
         return enter
+
+    def _remember(self, x: Tensor) -> Tensor:
+        self.shape = x.shape
+        return x
+
+    def _by_position(self, point: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """A hook point on what an MLP adds: some experts write [batch * pos, d_model]."""
+
+        def pass_(given: Tensor) -> Tensor:
+            shown = given if given.shape == self.shape else given.view(self.shape)
+            edited = point(shown)
+            return given if edited is shown else edited.reshape(given.shape)
+
+        return pass_
+
+    def _side_by_side(self, point: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """A hook point on the stream: several copies of it are shown side by side."""
+        streams = self.parts.streams
+        if streams.axis is None:
+            return point
+
+        def pass_(given: Tensor) -> Tensor:
+            shown = streams.split(given)
+            edited = point(shown)
+            return given if edited is shown else streams.join(edited)
+
+        return pass_
 
     def _attention_out(self, layer: int, attn_out: HookPoint | None, mid: HookPoint | None) -> Callable[[Tensor], Tensor]:
         def leave(out: Tensor) -> Tensor:
