@@ -17,7 +17,7 @@ from mechicl.training.organisms import build
 from mechicl.training.organisms.parts import enliven
 from mechicl.training.tokenizer import build_tokenizer
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 def tokenizer() -> Any:
@@ -70,12 +70,12 @@ def test_the_language_model_in_a_folder_equals_the_decoder_of_its_vision_languag
 
 def test_chat_templates_that_want_one_string_get_one() -> None:
     chat = build_tokenizer(eos="<end>", pad="<pad>", extra=("<turn>",))
-    chat.chat_template = "{% for m in messages %}<turn>{{ m['role'] }}: {{ m['content'] | trim }}\n{% endfor %}{% if add_generation_prompt %}<turn>assistant: {% endif %}"
+    chat.chat_template = "{% for m in messages %}<turn>{{ m['role'] }}:{{ m['content'] | trim }}\n{% endfor %}{% if add_generation_prompt %}<turn>assistant:{% endif %}"
     model = HookedLM(causal(Qwen2Config(**SIZES, num_key_value_heads=2, vocab_size=len(chat))), chat)
     batch = model.render(words())
     labels = batch.mask("label")
     for row, ids, episode in zip(labels, batch.inputs["input_ids"], batch.episodes, strict=True):
-        assert chat.decode(ids[row]).replace(" ", "") == "".join(shot.label for shot in episode.shots)
+        assert str(chat.decode(ids[row])).replace(" ", "") == "".join(shot.label for shot in episode.shots)
     assert mechicl.icl_accuracy(model, words(), progress=False).n == 4
 
 
