@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from mechicl.analysis.heads.scoring import attention_by_role, score_heads
     from mechicl.analysis.icl import icl_accuracy
     from mechicl.analysis.link.evaluate import evaluate_link
+    from mechicl.analysis.link.mechanism import link_circuit
+    from mechicl.analysis.link.mechanism_compare import build_or_sharpen
+    from mechicl.analysis.link.mechanism_prior import link_priors
     from mechicl.analysis.link.prior import informative_position, label_corruption
     from mechicl.analysis.link.rename import link_or_prior
     from mechicl.analysis.margin.contrast import contrast_margin
@@ -69,6 +72,9 @@ _HOMES = {
     "evaluate_link": "mechicl.analysis.link.evaluate",
     "informative_position": "mechicl.analysis.link.prior",
     "label_corruption": "mechicl.analysis.link.prior",
+    "build_or_sharpen": "mechicl.analysis.link.mechanism_compare",
+    "link_circuit": "mechicl.analysis.link.mechanism",
+    "link_priors": "mechicl.analysis.link.mechanism_prior",
     "link_or_prior": "mechicl.analysis.link.rename",
     "logit_lens": "mechicl.analysis.readout.logit_lens",
     "head_circuits": "mechicl.analysis.readout.head_circuits",
@@ -84,11 +90,12 @@ _HOMES = {
 _MODULES = ("data", "prompts", "models", "analysis", "training", "views", "errors", "results")
 
 __all__ = [
-    "Episode", "HookedVLM", "Shot", "ablate", "adapt", "add_function_vector", "attention_by_role", "attribute", "circuit_curve",
-    "compare_circuits", "compare_strategies", "contrast_margin", "direct_logits", "dose_curve", "eap", "evaluate_circuit",
-    "evaluate_link", "factor_shares", "find_and_prove", "find_circuit", "function_vector", "function_vector_scores",
-    "head_circuits", "icl_accuracy", "informative_position", "kv_shift", "label_corruption", "link_or_prior", "load",
-    "logit_lens", "patch", "path_patch", "plot", "score_heads", "similarity_test", "span_knockout", "transplant",
+    "Episode", "HookedVLM", "Shot", "ablate", "adapt", "add_function_vector", "attention_by_role", "attribute", "build_or_sharpen",
+    "circuit_curve", "compare_circuits", "compare_strategies", "contrast_margin", "direct_logits", "dose_curve", "eap",
+    "evaluate_circuit", "evaluate_link", "factor_shares", "find_and_prove", "find_circuit", "function_vector",
+    "function_vector_scores", "head_circuits", "icl_accuracy", "informative_position", "kv_shift", "label_corruption",
+    "link_circuit", "link_or_prior", "link_priors", "load", "logit_lens", "patch", "path_patch", "plot", "score_heads",
+    "similarity_test", "span_knockout", "transplant",
 ]  # fmt: skip
 
 

@@ -22,6 +22,17 @@ from mechicl.results.factors import ConditionRow, ConditionTable, Decomposition,
 from mechicl.results.heads import HeadScores, PromptView, RoleAttention, Score
 from mechicl.results.heads_at_odds import HeadsAtOdds, OddsContrast, OddsCost, OddsRow, OddsSetting
 from mechicl.results.link import LinkBaseline, LinkChange, LinkCost, LinkPrior, LinkPriorRow, LinkScore, LinkScores
+from mechicl.results.link_circuit import (
+    Adapted,
+    BuildOrSharpen,
+    Carried,
+    Graft,
+    LinkCircuit,
+    LinkHead,
+    LinkOverlap,
+    LinkPriors,
+    PriorShift,
+)
 from mechicl.results.margin import ContrastMap, ContrastMargin, MarginEffect, MarginPart
 from mechicl.results.nodes import Edge, Receiver, Sender
 from mechicl.results.patching import PatchCost, PatchEffects, SiteEffects, Transplant, TransplantRow
@@ -45,9 +56,12 @@ from mechicl.results.trainings import Bands, ChangePoint, Claim, Correlations, E
 __all__ = [
     "Ablation",
     "AblationCell",
+    "Adapted",
     "Agreement",
     "Attribution",
     "Bands",
+    "BuildOrSharpen",
+    "Carried",
     "ChangePoint",
     "Circuit",
     "CircuitBenchmark",
@@ -72,6 +86,7 @@ __all__ = [
     "FillerTest",
     "Forest",
     "FunctionVector",
+    "Graft",
     "Head",
     "HeadCircuits",
     "HeadOverlap",
@@ -88,9 +103,13 @@ __all__ = [
     "KnockOuts",
     "LinkBaseline",
     "LinkChange",
+    "LinkCircuit",
     "LinkCost",
+    "LinkHead",
+    "LinkOverlap",
     "LinkPrior",
     "LinkPriorRow",
+    "LinkPriors",
     "LinkScore",
     "LinkScores",
     "LogitAttribution",
@@ -108,6 +127,7 @@ __all__ = [
     "PatchCost",
     "PatchEffects",
     "PathEffects",
+    "PriorShift",
     "PromptLens",
     "PromptView",
     "ProtocolStudy",
