@@ -12,7 +12,7 @@ loader, for folders of either name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -68,7 +68,7 @@ INSTRUCTIONS: Mapping[str, tuple[str, str]] = {
 }
 """Concise and detailed, [sic]: prompts are part of a protocol, so they stand here as published."""
 OTHERS = 8
-"""textocr: answers of other rows among the candidates of a query, where shots do not bring as many."""
+"""textocr: at most so many answers of other rows among the candidates of a query, beside those of its examples."""
 
 
 def task_of(name: str) -> str:
@@ -143,16 +143,16 @@ class VLICLTask:
                  seed: int = 0) -> list[Episode]:  # fmt: skip
         """Queries with examples, in the file's order.
 
-        Candidates are the episode's classes (open_mi), the answers that occur in the task (matching_mi, clevr, operators), or the right answer and answers of
-        other rows (textocr, where answers are open and writing is the measure).
+        Candidates are the episode's classes (open_mi), Yes and No (matching_mi), or the right answer, the labels of the examples and other answers that occur in
+        the task, less those of which one would begin another (12 and 1: whole labels could not be compared); of textocr, whose answers are open, only a few.
 
         Args:
             n: How many queries, drawn at random; None for all.
             shots: Examples: of each class (open_mi), pairs of a same and a different couple (matching_mi), else in all. Fewer shots are among the more (but for `shown`).
             classes: open_mi: the query's class and how many others; published 2.
             description: How much the instruction says.
-            shown: Ours: where the label of the query is not among the examples (it is by luck in clevr and the operator tasks), exchange an example for one that
-                has it, and keep one that has another. Head scores that ask for attention to the right label need it. textocr cannot do this.
+            shown: Ours, for clevr and the operator tasks, whose examples have the query's label by luck only: one has it, one (from two shots on) has another, and
+                none has one that begins another. Head scores that ask for attention to the right label need it. textocr cannot do this.
             seed: Decides which queries and which examples.
 
         Raises:
@@ -192,10 +192,10 @@ class VLICLTask:
             return [twin for row in order[:shots] for twin in row.twins], self.answers
         known = [_solved(row, query.operator) for row in order]
         rows = _showing(known, shots, query, shown) if shown is not None and shots else known[:shots]
-        if self.name != "textocr":
-            return rows, self.answers
-        others = dict.fromkeys(row.answer for row in known[: max(shots, OTHERS)])
-        return rows, tuple(sorted({query.answer, *others}))
+        needed = {query.answer, *(row.answer for row in rows)}
+        mixed = np.random.default_rng([73, len(self.answers), *query.id.encode()]).permutation(len(self.answers))
+        others = [self.answers[int(i)] for i in mixed]
+        return rows, _apart(needed, others, OTHERS if self.name == "textocr" else len(others))
 
     def _write(self, query: VLICLRow, rows: Sequence[VLICLRow], candidates: tuple[str, ...], words: str) -> Episode:
         every = [*rows, query]
@@ -229,17 +229,37 @@ def _solved(row: VLICLRow, operator: str) -> VLICLRow:
     return row if not row.answers else VLICLRow(row.id, row.images, row.question, row.answers[OPERATORS.index(operator)])
 
 
+def _apart(needed: Collection[str], others: Sequence[str], most: int) -> tuple[str, ...]:
+    """The needed answers and up to `most` others, none of which begins another or is begun by one."""
+    found = sorted(needed)
+    for text in others:
+        if len(found) < len(needed) + most and not any(_alike(text, other) for other in found):
+            found.append(text)
+    return tuple(sorted(found, key=lambda text: (0, int(text), "") if text.lstrip("-").isdecimal() else (1, 0, text)))
+
+
+def _alike(a: str, b: str) -> bool:
+    return a.startswith(b) or b.startswith(a)
+
+
 def _showing(known: Sequence[VLICLRow], shots: int, query: VLICLRow, draw: np.random.Generator) -> list[VLICLRow]:
-    """The first `shots` rows, one exchanged at a random place so that one has the query's answer and, from two shots on, one has another."""
-    have = next((row for row in known if row.answer == query.answer), None)
-    if have is None:
+    """Rows whose labels can be compared, one exchanged at a random place so that one has the query's answer and, from two shots on, one has another.
+
+    Raises:
+        OptionError: support.json has none with the answer, or too few.
+    """
+    have, rows = [row for row in known if row.answer == query.answer], list[VLICLRow]()
+    for row in known:
+        if len(rows) < shots and all(row.answer == one or not _alike(row.answer, one) for one in (query.answer, *(r.answer for r in rows))):
+            rows.append(row)
+    if not have or len(rows) < shots:
         raise OptionError(
-            f"shown needs an example with the answer of query {query.id}, {query.answer!r}; support.json has none. Leave shown out."
+            f"shown needs {shots} examples, one with the answer of query {query.id}, {query.answer!r}; support.json has no such. Ask without shown."
         )
-    rows, place = list(known[:shots]), int(draw.integers(shots))
-    if have not in rows:
-        rows[place] = have
-    other = next((row for row in known if row.answer != query.answer), None)
+    place = int(draw.integers(shots))
+    if not any(row.answer == query.answer for row in rows):
+        rows[place] = have[0]
+    other = next((row for row in known if not _alike(row.answer, query.answer)), None)
     if shots > 1 and other is not None and all(row.answer == query.answer for row in rows):
         rows[place] = other
     return rows
