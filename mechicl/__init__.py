@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from mechicl.analysis.shift.kv_shift import kv_shift
     from mechicl.analysis.shift.similarity import similarity_test
     from mechicl.analysis.study import find_and_prove
+    from mechicl.analysis.written_answers import written_answers
     from mechicl.models.load import load
     from mechicl.models.vlm import HookedVLM
     from mechicl.prompts.episode import Episode, Shot
@@ -85,6 +86,7 @@ _HOMES = {
     "similarity_test": "mechicl.analysis.shift.similarity",
     "span_knockout": "mechicl.analysis.ablation.span_knockouts",
     "transplant": "mechicl.analysis.patching.transplant",
+    "written_answers": "mechicl.analysis.written_answers",
     "plot": "mechicl.views.plots",
 }
 _MODULES = ("data", "prompts", "models", "analysis", "training", "views", "errors", "results")
@@ -95,7 +97,7 @@ __all__ = [
     "evaluate_circuit", "evaluate_link", "factor_shares", "find_and_prove", "find_circuit", "function_vector",
     "function_vector_scores", "head_circuits", "icl_accuracy", "informative_position", "kv_shift", "label_corruption",
     "link_circuit", "link_or_prior", "link_priors", "load", "logit_lens", "patch", "path_patch", "plot", "score_heads",
-    "similarity_test", "span_knockout", "transplant",
+    "similarity_test", "span_knockout", "transplant", "written_answers",
 ]  # fmt: skip
 
 

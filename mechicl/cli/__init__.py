@@ -21,6 +21,7 @@ from __future__ import annotations
 from mechicl.cli import adapt, data, heads, kv, patch, report, sweep, train
 from mechicl.cli.app import app, evaluation, sets, training
 from mechicl.cli.eval import lcl
+from mechicl.cli.eval_tasks import tasks
 from mechicl.cli.heads import parse_heads
 
 __all__ = ["app", "parse_heads"]
@@ -37,6 +38,7 @@ training.command("toy")(train.train_toy)
 app.command()(sweep.sweep)
 app.command()(adapt.adapt)
 evaluation.command("lcl")(lcl)
+evaluation.command("tasks")(tasks)
 sets.command("vl-icl")(data.vl_icl)
 sets.command("isekai")(data.isekai)
 sets.command("memes")(data.memes)

@@ -52,6 +52,7 @@ from mechicl.results.readout import Copying, HeadCircuits, LogitAttribution, Log
 from mechicl.results.shift import FillerTest, KVShift, SimilarityEffect, SimilarityTest
 from mechicl.results.study import HeadSet, KVStory, Series, Study, Trace
 from mechicl.results.trainings import Bands, ChangePoint, Claim, Correlations, Emergence, Forest, KnockOut, KnockOutTable
+from mechicl.results.written import WrittenAnswers, WrittenChange, WrittenRow
 
 __all__ = [
     "Ablation",
@@ -157,4 +158,7 @@ __all__ = [
     "Tuning",
     "TuningChange",
     "VectorEffect",
+    "WrittenAnswers",
+    "WrittenChange",
+    "WrittenRow",
 ]

@@ -7,6 +7,7 @@
     plot(patched), plot(patched, site="z"), plot(attribution), plot(transplant)           # activations exchanged
     plot(paths), plot(edge_scores), plot(cuts), plot(circuit), plot(circuit_curve), plot(overlap)      # edges and circuits
     plot(shift), plot(similarity), plot(shares), plot(conditions), plot(mixed)             # keys and values: what an example changes
+    plot(written)                                                                          # a benchmark's answers over shots
     plot(margin), plot(margin_effect), plot(contrast_map), plot(strategies)
     plot_sweep(table, x="K", y="accuracy_ic", color="positions")
 
@@ -67,6 +68,7 @@ from mechicl.results import (
     SpanKnockOuts,
     Strategies,
     Transplant,
+    WrittenAnswers,
 )
 from mechicl.views import (
     circuit_panels,
@@ -88,6 +90,7 @@ from mechicl.views import (
     sweeps,
     theme,
     trainings,
+    written,
 )
 
 if TYPE_CHECKING:
@@ -320,6 +323,11 @@ def _(result: LinkScores, *, dark: bool = False) -> go.Figure:
 @plot.register
 def _(result: LinkPrior, *, dark: bool = False) -> go.Figure:
     return _figure(link.prior_lines(result), dark)
+
+
+@plot.register
+def _(result: WrittenAnswers, *, dark: bool = False) -> go.Figure:
+    return _figure(written.written_lines(result), dark)
 
 
 @plot.register
