@@ -17,6 +17,7 @@ from mechicl.analysis.heads.measures import (
     tila_weights,
 )
 from mechicl.analysis.heads.nulls import Null, logs, place_null, shuffled_null, shuffles
+from mechicl.analysis.heads.own import ExemplarScore, Of, Weigh
 from mechicl.analysis.heads.reading import Reading
 from mechicl.analysis.layout import closing_group, image_group, text_group
 from mechicl.analysis.statistics import difference_p
@@ -54,6 +55,16 @@ SOURCES = {
     "previous_token_all": "Huang et al. 2026 (PH on production models)",
 }
 
+WEIGHED: dict[str, tuple[Weigh, Of]] = {
+    "induction": (induction_weights, "turn"),
+    "induction_label": (induction_weights, "label"),
+    "induction_per_exemplar": (induction_per_exemplar_weights, "label"),
+    "tila": (lambda right, wrong: tila_weights(right), "label"),
+    "tiia": (lambda right, wrong: tila_weights(right), "item"),
+}
+"""Scores that are weights times the attention to exemplars, and nothing else."""
+CONTENT = {name: ExemplarScore(name, SCORES[name], weigh, of, SOURCES[name]) for name, (weigh, of) in WEIGHED.items()}
+
 SHUFFLED = "labels shuffled over the exemplars"
 OFFSETS = "the same tokens' attention to other offsets"
 
@@ -86,9 +97,14 @@ class Scorer:
         self.shape = reading.total.shape
         self.uniform = float(1 / reading.layout.n_real.double().mean())
 
-    def score(self, name: str) -> Iterator[tuple[str, Raw]]:
-        """(name, score) of one of `SCORES`, and of its modality pairs where the data mix them."""
-        if name in ("previous_token", "k_back", "previous_token_all"):
+    def score(self, name: str | ExemplarScore) -> Iterator[tuple[str, Raw]]:
+        """(name, score) of one of `SCORES` or one of your own, and of its modality pairs where the data mix them."""
+        if isinstance(name, ExemplarScore) or name in CONTENT or name == "induction_paper":
+            subsets = [Subset("", np.arange(self.shape[0]), self.where.known), *self._pairs()]
+            score = CONTENT.get(name) if isinstance(name, str) else name
+            for subset in subsets:
+                yield f"{score.name if score else name}{subset.suffix}", self._content(score, subset)
+        elif name in ("previous_token", "k_back", "previous_token_all"):
             yield name, self._back(name)
         elif name == "sink":
             yield name, self._sink()
@@ -98,10 +114,6 @@ class Scorer:
             yield name, self._duplicate()
         elif name == "ila":
             yield from self._ila()
-        else:
-            subsets = [Subset("", np.arange(self.shape[0]), self.where.known), *self._pairs()]
-            for subset in subsets:
-                yield name + subset.suffix, self._content(name, subset)
 
     def _raw(self, name: str, per_episode: np.ndarray, null: Null, null_name: str, what: str = "") -> Raw:
         description = SCORES[name].replace("token k before", f"token {self.k} before") + what
@@ -127,11 +139,7 @@ class Scorer:
 
     def _tla(self) -> Raw:
         s, where = self.where.n_shots, self.where
-        labels = self.reading.query[..., :s]
-        items = (
-            self.reading.query[..., image_group(0, s) : image_group(0, s) + s]
-            + self.reading.query[..., text_group(0, s) : text_group(0, s) + s]
-        )
+        labels, items = self._mass("label"), self._mass("item")
         per_label = _density(labels, where.label_tokens)
         per_item = _density(items, (where.image_tokens + where.text_tokens)[:, :s])
         p, ratio = difference_p(logs(per_label, self.uniform) - np.log(self.lift), logs(per_item, self.uniform))
@@ -141,39 +149,34 @@ class Scorer:
 
     # -- scores of content
 
-    def _content(self, name: str, subset: Subset) -> Raw:
-        """Induction in its variants, TILA and TIIA: linear in the exemplars' masses."""
+    def _content(self, score: ExemplarScore | None, subset: Subset) -> Raw:
+        """A score that is linear in the exemplars' masses; None for `induction_paper`, whose weights count tokens."""
+        name = "induction_paper" if score is None else score.name
         s = self.where.n_shots
         known, right = self.where.known & subset.shots, self.where.right & subset.shots
         both = (right.any(1) & (known & ~right).any(1)).numpy()
         rows = subset.rows[both[subset.rows]]
-        labels, layers_heads = self.reading.query[..., :s], self.shape[1:]
-        mass = self._items(subset.suffix) if name == "tiia" else labels
-        if name == "induction":
-            mass = labels + self.reading.query[..., closing_group(0, s) : closing_group(0, s) + s]
-        cells = np.concatenate([mass, self.reading.total[..., None]], -1) if name == "induction_paper" else mass
+        mass = self._mass("label" if score is None else score.of)
+        cells = np.concatenate([mass, self.reading.total[..., None]], -1) if score is None else mass
         per_episode = np.full(self.shape, np.nan)
-        what = f" ({subset.suffix.strip('[]')})" if subset.suffix else ""
-        if not len(rows) or (name == "tiia" and not (self.where.image_tokens + self.where.text_tokens)[:, :s].any()):
-            return self._raw(name, per_episode, _no_null(layers_heads), SHUFFLED, what)
         known, right = known[rows], right[rows]
 
         def weigh(drawn: Tensor) -> Tensor:
-            wrong = known & ~drawn
-            if name in ("induction", "induction_label"):
-                return induction_weights(drawn, wrong)
-            if name == "induction_per_exemplar":
-                return induction_per_exemplar_weights(drawn, wrong)
-            if name == "induction_paper":
+            if score is None:
                 return induction_paper_weights(drawn, self.where.label_tokens[rows], self.where.n_real[rows])
-            return tila_weights(drawn)
+            return score.weights(drawn, known & ~drawn)
 
         def draw(n: int, generator: torch.Generator) -> Tensor:
             return weigh(shuffles(right.long(), known, n, generator).bool())
 
-        scores, null = self._linear(cells[rows], right, weigh(right), draw)
-        per_episode[rows] = scores
-        return self._raw(name, per_episode, null, SHUFFLED, what)
+        null = _no_null(self.shape[1:])
+        shown = score is None or score.of != "item" or bool((self.where.image_tokens + self.where.text_tokens)[:, :s].any())
+        if len(rows) and shown:
+            per_episode[rows], null = self._linear(cells[rows], right, weigh(right), draw)
+        what = f" ({subset.suffix.strip('[]')})" if subset.suffix else ""
+        if score is None:
+            return self._raw(name, per_episode, null, SHUFFLED, what)
+        return Raw(per_episode, null, score.description + what, SHUFFLED, score.source)
 
     def _duplicate(self) -> Raw:
         identity = self.where.identity
@@ -237,10 +240,13 @@ class Scorer:
 
     # -- modalities
 
-    def _items(self, suffix: str) -> np.ndarray:
-        s = self.where.n_shots
-        image = self.reading.query[..., image_group(0, s) : image_group(0, s) + s]
-        return image + self.reading.query[..., text_group(0, s) : text_group(0, s) + s]
+    def _mass(self, of: Of) -> np.ndarray:
+        """The query's attention to each exemplar's label, label with what closes its turn, or item, [batch, layer, head, shot]."""
+        s, query = self.where.n_shots, self.reading.query
+        if of == "item":
+            return query[..., image_group(0, s) : image_group(0, s) + s] + query[..., text_group(0, s) : text_group(0, s) + s]
+        closing = query[..., closing_group(0, s) : closing_group(0, s) + s]
+        return query[..., :s] + closing if of == "turn" else query[..., :s]
 
     def _pairs(self) -> list[Subset]:
         """Query modality -> exemplar modality, where the data have more than one pair."""

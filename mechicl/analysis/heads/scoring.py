@@ -10,6 +10,7 @@ import numpy as np
 from mechicl.analysis.feed import Data, check_data, comparable, ids_of, provenance, rehearse, take
 from mechicl.analysis.guarded import guarded
 from mechicl.analysis.heads.named import SCORES, Scorer
+from mechicl.analysis.heads.own import ExemplarScore
 from mechicl.analysis.heads.reading import Reading, Wanted, read
 from mechicl.analysis.layout import PLACES, closing_group, image_group, place_group, text_group
 from mechicl.analysis.statistics import benjamini_hochberg, bootstrap_interval, holm
@@ -25,7 +26,7 @@ def score_heads(
     model: Any,
     data: Data,
     *,
-    scores: Sequence[str] = DEFAULT_SCORES,
+    scores: Sequence[str | ExemplarScore] = DEFAULT_SCORES,
     n_null: int | None = None,
     lift: float = 1.5,
     k_back: int = 2,
@@ -43,7 +44,7 @@ def score_heads(
     Args:
         model: A `HookedVLM`, or anything with the surface of `HookedModel`.
         data: A Batch, or episodes, rendered a few at a time.
-        scores: Which of `mechicl.analysis.heads.named.SCORES`; default all but "previous_token_all".
+        scores: Which of `mechicl.analysis.heads.named.SCORES`; default all but "previous_token_all". An `ExemplarScore` is a score of your own.
         n_null: Shuffles of the null; default enough for Holm's correction over all heads to be able to reach 0.05 twice over.
         lift: What p is about: whether the head attends to the place in question (the right labels, the token before, ...) more than `lift` times as
             much as to the places it is compared with. 1 is the plain test, which finds trifles: a network with random weights already tells equal
@@ -67,9 +68,13 @@ def score_heads(
         Huang et al. 2026 for the measures; nulls and intervals are ours. See `mechicl.analysis.heads.measures`.
     """
     check_data(data, batch_size)
-    unknown = [name for name in scores if name not in SCORES]
+    unknown = [name for name in scores if isinstance(name, str) and name not in SCORES]
     if unknown or not scores:
         raise OptionError(f"scores must be among {', '.join(SCORES)}; got {unknown or 'none'}. Leave it out for all.")
+    named = [score if isinstance(score, str) else score.name for score in scores]
+    taken = {name for name in named if named.count(name) > 1} | {s.name for s in scores if not isinstance(s, str) and s.name in SCORES}
+    if taken:
+        raise OptionError(f"scores must have names of their own; got {', '.join(sorted(taken))} twice. Call yours something else.")
     if correction not in ("holm", "bh"):
         raise OptionError(f'correction must be "holm" or "bh"; got {correction!r}. "holm" is the stricter.')
     if k_back < 2:
@@ -98,7 +103,7 @@ def score_heads(
                 null_high=raw.null.high, p=raw.null.p, p_corrected=corrected(raw.null.p), per_episode=raw.per_episode, source=raw.source,
                 null_name=raw.null_name, lift=lift,
             )  # fmt: skip
-    options = {"scores": list(scores), "n_null": n_null, "lift": lift, "k_back": k_back, "correction": correction, "batch_size": batch_size}
+    options = {"scores": named, "n_null": n_null, "lift": lift, "k_back": k_back, "correction": correction, "batch_size": batch_size}
     return HeadScores(
         scores=found, n=len(kept), n_key_value_heads=model.cfg.n_key_value_heads, skipped=skipped,
         provenance=provenance(model, task=task, seed=seed, options=options), notes=tuple(_notes(reading, found, n_null, n_heads)),
