@@ -11,6 +11,7 @@
     mechicl adapt demo --strategy 2-way-random --out runs/link
     mechicl eval lcl --data generated --shots 0,2,4,8,16 --out runs/lcl
     mechicl data check photos
+    mechicl study huang2026 --model demo --out runs/huang2026
     mechicl sweep spec.toml --out runs/sweep --workers 2
 
 What can be refused is refused before a model is loaded. Numbers go to stdout, everything else to stderr; a mistake is one line and exit code 2.
@@ -18,8 +19,8 @@ What can be refused is refused before a model is loaded. Numbers go to stdout, e
 
 from __future__ import annotations
 
-from mechicl.cli import adapt, data, heads, kv, patch, report, sweep, train
-from mechicl.cli.app import app, evaluation, sets, training
+from mechicl.cli import adapt, data, heads, kv, patch, report, study_protocol, sweep, train
+from mechicl.cli.app import app, evaluation, sets, study, training
 from mechicl.cli.eval import lcl
 from mechicl.cli.eval_tasks import tasks
 from mechicl.cli.heads import parse_heads
@@ -35,6 +36,7 @@ app.command()(kv.kv)
 app.command()(heads.doctor)
 training.command("vlm")(train.train_vlm)
 training.command("toy")(train.train_toy)
+study.command("huang2026")(study_protocol.huang2026)
 app.command()(sweep.sweep)
 app.command()(adapt.adapt)
 evaluation.command("lcl")(lcl)

@@ -36,6 +36,8 @@ evaluation = typer.Typer(no_args_is_help=True, help="Evaluate a model on a publi
 app.add_typer(evaluation, name="eval")
 sets = typer.Typer(no_args_is_help=True, help="Write small data sets in published layouts, and look data through.")
 app.add_typer(sets, name="data")
+study = typer.Typer(no_args_is_help=True, help="Run a whole study: one command, one folder, one page.")
+app.add_typer(study, name="study")
 
 
 def _version(wanted: bool | None) -> None:

@@ -176,8 +176,8 @@ def rank_heads(
     null = ours["induction_paper"]
     blank = np.full(null.value.shape, np.nan)
     scores: dict[str, Score] = {
-        PH: _score(PH, "mean attention of each token to the one before it, the whole prompt, picture tokens included", found.ph, seed, (blank,) * 4, "none: see previous token"),
-        IH: _score(IH, "the last token's mean attention to every token of the answer's occurrences, minus the mean to all other positions", found.ih, seed,
+        PH: _score("PH as published", "mean attention of each token to the one before it, the whole prompt, picture tokens included", found.ph, seed, (blank,) * 4, "none: see previous token"),
+        IH: _score("IH as published", "the last token's mean attention to every token of the answer's occurrences, minus the mean to all other positions", found.ih, seed,
                    (null.null, null.null_high, null.p, null.p_corrected), null.null_name),
     }  # fmt: skip
     for reader, values in found.ph_by.items():

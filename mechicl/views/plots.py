@@ -49,6 +49,7 @@ from mechicl.results import (
     HeadCircuits,
     HeadScores,
     ICLAccuracy,
+    KnockOuts,
     KnockOutTable,
     KVShift,
     LinkPrior,
@@ -61,6 +62,7 @@ from mechicl.results import (
     PathEffects,
     PromptView,
     QKMatch,
+    RankingMatch,
     RoleAttention,
     Score,
     Series,
@@ -68,6 +70,7 @@ from mechicl.results import (
     SpanKnockOuts,
     Strategies,
     Transplant,
+    Tuning,
     WrittenAnswers,
 )
 from mechicl.views import (
@@ -85,6 +88,7 @@ from mechicl.views import (
     margins,
     moves,
     patching,
+    protocol,
     shift,
     strategies,
     sweeps,
@@ -333,6 +337,21 @@ def _(result: WrittenAnswers, *, dark: bool = False) -> go.Figure:
 @plot.register
 def _(result: Strategies, *, dark: bool = False) -> go.Figure:
     return _figure(strategies.strategy_rows(result), dark)
+
+
+@plot.register
+def _(result: KnockOuts, *, dark: bool = False) -> go.Figure:
+    return _figure(protocol.knock_out_panels(result), dark)
+
+
+@plot.register
+def _(result: RankingMatch, *, dark: bool = False) -> go.Figure:
+    return _figure(protocol.ranking_points(result), dark)
+
+
+@plot.register
+def _(result: Tuning, *, dark: bool = False) -> go.Figure:
+    return _figure(protocol.tuning_rows(result), dark)
 
 
 def plot_sweep(
