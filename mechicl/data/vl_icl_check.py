@@ -155,7 +155,9 @@ class Looker:
         return found
 
     def _look(self, name: str) -> Path:
-        inside = [path for home in (self.place.parent, self.place) if (path := self._within(home, name)) is not None]
+        named = Path(name).parts[:1] == (self.place.name,)  # as published
+        homes = [self.place.parent] if named else [self.place] if self.limit == self.place else [self.place.parent, self.place]
+        inside = [path for home in homes if (path := self._within(home, name)) is not None]
         if not inside:
             raise Bad("escapes", f"picture {name!r} leads out of the folder")
         path = next((path for path in inside if path.is_file()), None)
