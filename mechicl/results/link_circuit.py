@@ -20,8 +20,8 @@ from mechicl.results.study import HeadSet
 Recipient = Literal["base", "adapted"]
 """Which model a graft was made in; the other one gave the weights."""
 Was = Literal["had it", "in part", "new", "unknown"]
-"""What a head of the adapted model's link circuit was in the base. had it: its score, with the whole interval, was above the threshold and at least half of what it is
-now. in part: above the threshold, with less than half. new: not above it. unknown: no score says what it does now."""
+"""What a head of the adapted model's link circuit was in the base. had it: its score, with the whole interval, was above the threshold and 1.5 times its null,
+and at least half of what it is now. in part: above both, with less than half. new: not above them. unknown: no score says what it does now."""
 
 
 @dataclass(frozen=True, eq=False)

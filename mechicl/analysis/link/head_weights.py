@@ -65,9 +65,19 @@ def grafted(recipient: Any, donor: Any, heads: Sequence[Head] = (), *, letters: 
 
 def shared_heads(model: Any, heads: Sequence[Head]) -> tuple[Head, ...]:
     """Heads whose keys and values stay behind in a graft, because heads outside of the set read them too."""
-    group = model.cfg.n_heads // model.cfg.n_key_value_heads
-    wanted = set(heads)
-    return tuple((l, h) for l, h in heads if not all((l, h // group * group + i) in wanted for i in range(group)))
+    wanted, found = set(heads), []
+    for layer, head in heads:
+        size = _shared_by(model, layer)
+        if not all((layer, head // size * size + i) in wanted for i in range(size)):
+            found.append((layer, head))
+    return tuple(found)
+
+
+def _shared_by(model: Any, layer: int) -> int:
+    """How many heads of a layer read one key/value head."""
+    anatomy = getattr(model, "anatomy", None)  # layers of a few families differ in their number of heads
+    one = model.cfg if anatomy is None else anatomy.layers[layer]
+    return max(1, one.n_heads // max(1, one.n_key_value_heads))
 
 
 def check_pair(first: Any, second: Any) -> None:
@@ -123,7 +133,7 @@ def _owners(model: Any) -> dict[int, str]:
 
 def _views(model: Any, layer: int, head: int, letter: str) -> list[Tensor]:
     """Views of a head's weights in one of its maps, weight and bias."""
-    kv = head // (model.cfg.n_heads // model.cfg.n_key_value_heads)
+    kv = head // _shared_by(model, layer)
     anatomy = getattr(model, "anatomy", None)
     if anatomy is None:
         attn, name = model.blocks[layer].attn, letter.upper()

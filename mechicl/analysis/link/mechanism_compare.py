@@ -35,6 +35,9 @@ HALF = 0.5
 """Share of its present score that a head must have had in the base to have "had it"."""
 
 
+LIFT = 1.5
+"""How many times its null a head's score in the base must be, as in `score_heads`: attention spread evenly over a short prompt is more than a tenth anywhere."""
+
 FEW_LAYERS = 16
 """Layers up to which the heads of each are exchanged, too."""
 
@@ -204,7 +207,7 @@ def _link(work: Work, before: Mapping[str, Any], after: Mapping[str, Any]) -> tu
             LinkHead(
                 head=cell, role=_called(k), role_base=_called(int(was_roles[cell])), base=old, adapted=new,
                 change=paired_change(then[both], now[both], unit="probability", seed=work.seed), carried_base=carried[0], carried_adapted=carried[1],
-                was=_was(old, new, work.threshold) if k >= 0 else "unknown",
+                was=_was(old, new, max(work.threshold, LIFT * float(array(before["null"][score])[cell]))) if k >= 0 else "unknown",
             )
         )  # fmt: skip
     return tuple(found)

@@ -122,7 +122,7 @@ class Work:
         line: dict[str, Any] = {
             "weights": digest, "ids": list(answers.episode_ids), "correct": answers.correct.tolist(), "margins": _list(answers.margins),
             "zero_shot": None if answers.zero_shot is None else [answers.zero_shot.value, answers.zero_shot.low, answers.zero_shot.high, answers.zero_shot.n],
-            "chance": answers.chance, "scores": {n: _list(s.per_episode) for n, s in scores.scores.items()}, "score_ids": len(scores.skipped),
+            "chance": answers.chance, "scores": {n: _list(s.per_episode) for n, s in scores.scores.items()}, "null": {n: _list(s.null) for n, s in scores.scores.items()},
             "carried": {twin: {"value": _list(s.value), "p": _list(s.p_corrected)} for twin, s in found.carried.items()},
             "link": [list(h) for h in heads], "rule": rule, "notes": list(found.notes), "skipped": [[s.episode, s.reason] for s in (*found.skipped, *answers.skipped)],
         }  # fmt: skip
