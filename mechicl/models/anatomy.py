@@ -52,7 +52,10 @@ class Projection:
 
 @dataclass(frozen=True)
 class LayerAnatomy:
-    """One decoder layer. None where it has no such part; then `reasons` says why, by hook name. `cross`: reads other tokens than the sequence's."""
+    """One decoder layer. None where it has no such part; then `reasons` says why, by hook name.
+
+    `cross`: reads other tokens than the sequence's. `gated`: a gate or a norm stands between the heads and the output projection (`hook_z` is behind it).
+    """
 
     block: nn.Module
     attention: nn.Module | None = None
@@ -70,6 +73,7 @@ class LayerAnatomy:
     d_head: int = 0
     d_value: int = 0
     additive: bool = False
+    gated: bool = False
     cross: bool = False
     reasons: Mapping[str, str] = field(default_factory=dict)
 
@@ -276,8 +280,10 @@ def _inspect_attention(recording: Recording, attention: nn.Module, call: Attenti
     entered = recording.inputs.get(id(o_proj)) if o_proj is not None else None
     if entered is None or entered.shape[-1] != n_heads * d_value:
         o_proj = None
+    heads = recording.attention_outputs[id(attention)]
     reasons = {}
     parts: dict[str, Any] = {
+        "gated": o_proj is not None and not _same(heads.reshape(*heads.shape[:2], -1), entered),
         "q": _projection(recording, named("q"), n_heads, d_head),
         "k": _projection(recording, named("k"), n_kv, d_head),
         "v": _projection(recording, called, n_kv, d_value, call.value),

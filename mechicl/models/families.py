@@ -26,8 +26,8 @@ class Family:
         required: Inputs that must accompany pictures: without them the model runs and is silently wrong, or fails deep inside.
         image_tokens: Whether pictures become tokens of the sequence (False: cross-attention).
         needs_picture: Its forward cannot run on words alone.
-        deepstack: Image features are added again after the first decoder layers, so that replacing the image embeddings alone leaves
-            the picture visible.
+        deepstack: Image features reach later layers by another way too (added after the first layers, read again by every layer), so that
+            replacing the image embeddings alone leaves the picture visible.
         refused: Why the family is refused; empty when it is served.
     """
 
@@ -47,69 +47,54 @@ _OUT_OF_SCOPE = "it is an encoder-decoder; mechicl serves decoder-only models wi
 _CROSS_ONLY = "its images enter only by cross-attention; mechicl serves decoder-only models with the images in the prompt"
 
 _GRID = ("image_grid_thw", "mm_token_type_ids")
+_WITH_GRID = (
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen4_exp",
+    "cosmos3_edge",
+    "glm4v",
+    "glm4v_moe",
+    "glm46v",
+    "glmga",
+    "glm_ocr",
+    "hunyuan_vl",
+    "paddleocr_vl",
+)
+_WITH_GRID_ONLY = (
+    "exaone4_5",
+    "hyperclovax_vision_v2",
+    "kimi_k25",
+    "lfm3_vl",
+    "minimax_m3_vl",
+    "muse_glimmer",
+    "muse_spark",
+    "dots3_note",
+    "glm5_next",
+)
+_WITH_SIZES = ("llava_next", "llava_next_video", "llava_onevision", "mistral3", "mistral_large4", "lighton_ocr", "emu3")
+_ENCODER_DECODERS = ("florence2", "pix2struct", "pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder")
 
 FAMILIES: Mapping[str, Family] = {
-    **{
-        name: Family(required=_GRID)
-        for name in (
-            "qwen2_vl",
-            "qwen2_5_vl",
-            "qwen3_5",
-            "qwen3_5_moe",
-            "qwen4_exp",
-            "cosmos3_edge",
-            "glm4v",
-            "glm4v_moe",
-            "glm46v",
-            "glmga",
-            "glm_ocr",
-            "glm5_next",
-            "hunyuan_vl",
-            "paddleocr_vl",
-        )
-    },
+    **{name: Family(required=_GRID) for name in _WITH_GRID},
     **{name: Family(required=_GRID, deepstack=True) for name in ("qwen3_vl", "qwen3_vl_moe", "cosmos3_omni", "cohere_compass")},
-    **{
-        name: Family(required=("image_grid_thw",))
-        for name in (
-            "exaone4_5",
-            "hyperclovax_vision_v2",
-            "inkling2",
-            "kimi_k25",
-            "lfm3_vl",
-            "minimax_m3_vl",
-            "muse_glimmer",
-            "muse_spark",
-            "dots3_note",
-        )
-    },
+    **{name: Family(required=("image_grid_thw",)) for name in _WITH_GRID_ONLY},
+    **{name: Family(required=("image_sizes",)) for name in _WITH_SIZES},
+    **{name: Family(required=("token_type_ids",)) for name in ("gemma3", "shieldgemma2", "paligemma")},
+    **{name: Family(required=("pixel_attention_mask",)) for name in ("idefics2", "idefics3", "smolvlm")},
+    **{name: Family(required=("target_sizes",)) for name in ("minicpm_ocr", "minicpmv4_6")},
+    "minicpmv4_7": Family(required=("target_sizes", "mm_token_type_ids")),
+    "lfm2_vl": Family(required=("pixel_attention_mask", "spatial_shapes")),
+    "inkling2": Family(required=("image_grid_thw",), deepstack=True),
     "qwen2_5_omni_thinker": Family(required=("image_grid_thw", "attention_mask")),
     "qwen3_omni_moe_thinker": Family(required=("image_grid_thw", "attention_mask"), deepstack=True),
     "ernie4_5_vl_moe": Family(required=(*_GRID, "moe_mm_token_type_ids")),
-    "llava": Family(),
-    **{
-        name: Family(required=("image_sizes",))
-        for name in (
-            "llava_next",
-            "llava_next_video",
-            "llava_onevision",
-            "mistral3",
-            "mistral_large4",
-            "lighton_ocr",
-            "emu3",
-        )
-    },
     "granite4_vision": Family(required=("image_sizes",), deepstack=True),
-    "internvl": Family(),
-    "gemma3": Family(required=("token_type_ids",)),
-    "shieldgemma2": Family(required=("token_type_ids",)),
-    "paligemma": Family(required=("token_type_ids",)),
-    "gemma4": Family(required=("image_position_ids", "mm_token_type_ids")),
+    "granite_docling": Family(required=("pixel_attention_mask",), deepstack=True),
+    "gemma4": Family(required=("image_position_ids", "mm_token_type_ids"), deepstack=True),
     "gemma4_unified": Family(required=("image_position_ids", "mm_token_type_ids")),
     "molmo2": Family(required=("image_token_pooling", "image_grids", "mm_token_type_ids")),
-    **{name: Family(required=("pixel_attention_mask",)) for name in ("idefics2", "idefics3", "smolvlm", "lfm2_vl")},
-    "granite_docling": Family(required=("pixel_attention_mask",), deepstack=True),
-    **{name: Family(required=("target_sizes",)) for name in ("minicpm_ocr", "minicpmv4_6", "minicpmv4_7")},
     "deepseek_vl_hybrid": Family(required=("high_res_pixel_values",)),
     "video_llama_3": Family(required=("image_grid_thw", "image_merge_sizes")),
     "nemotron_h_omni": Family(required=("image_grid_hw",)),
@@ -121,18 +106,22 @@ FAMILIES: Mapping[str, Family] = {
     "mllama": Family(required=("cross_attention_mask", "aspect_ratio_ids", "aspect_ratio_mask"), image_tokens=False, needs_picture=True),
     "mistral4": Family(image_tokens=False),
     "git": Family(refused="its attention is written inline, so that no function can be registered for it"),
-    **{
-        name: Family(refused=_OUT_OF_SCOPE)
-        for name in ("florence2", "pix2struct", "pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder")
-    },
+    **{name: Family(refused=_OUT_OF_SCOPE) for name in _ENCODER_DECODERS},
     **{name: Family(refused=_CROSS_ONLY) for name in ("blip", "idefics", "evolla")},
     "diffusion_gemma": Family(refused="it is a diffusion model, not an autoregressive decoder"),
     "pi0": Family(refused="it is a robot policy, not a language model"),
-}
+}  # fmt: skip
 
 TESTED = (
-    "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "llava_next", "llava_onevision", "internvl", "gemma3", "paligemma", "idefics3", "smolvlm",
-    "mistral3", "mllama",
+    "aria", "aya_vision", "blip-2", "chameleon", "cohere2_vision", "cohere_compass", "cosmos3_edge", "cosmos3_omni", "deepseek_ocr2", "deepseek_vl",
+    "deepseek_vl_hybrid", "dots3_note", "emu3", "ernie4_5_vl_moe", "exaone4_5", "fast_vlm", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_unified",
+    "glm46v", "glm4v", "glm4v_moe", "glm5_next", "glm_ocr", "glmga", "got_ocr2", "granite4_vision", "granite_docling", "hunyuan_vl",
+    "hyperclovax_vision_v2", "idefics2", "idefics3", "inkling2", "inkling_mm_model", "instructblip", "instructblipvideo", "internvl", "janus", "kimi_k25",
+    "kosmos-2", "kosmos-2.5", "lfm2_vl", "lfm3_vl", "lighton_ocr", "llama4", "llava", "llava_next", "llava_next_video", "llava_onevision", "minicpm_ocr",
+    "minicpmv4_6", "minicpmv4_7", "minimax_m3_vl", "mistral3", "mistral4", "mistral_large4", "mllama", "molmo2", "muse_glimmer", "muse_spark",
+    "nemotron_h_omni", "ovis2", "paddleocr_vl", "paligemma", "perception_lm", "pp_chart2table", "qianfan_ocr", "qwen2_5_omni_thinker", "qwen2_5_vl",
+    "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe", "qwen4_exp", "shieldgemma2", "smolvlm", "step3p7",
+    "unlimited_ocr", "video_llama_3", "video_llava", "vipllava",
 )  # fmt: skip
 """Families with a tiny checkpoint in the tests. Others are tried, with the load-time check as their judge."""
 
@@ -147,7 +136,8 @@ def family_of(config: Any) -> Family:
     family = FAMILIES.get(model_type, Family())
     if family.refused:
         raise UnsupportedModelError(
-            f"model must be a decoder-only vision-language model; got {model_type!r}: {family.refused}. Choose one of {', '.join(TESTED)}."
+            f"model must be a decoder-only vision-language model; got {model_type!r}: {family.refused}. "
+            "Look into it with nnsight on the Hugging Face model, or choose one of the families in docs/families.md."
         )
     return family
 

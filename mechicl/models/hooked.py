@@ -81,6 +81,16 @@ class ActivationCache(TransformerLensCache):
                 f"per-head attribution must not be used on {getattr(self.model.cfg, 'model_type', 'this model')}; {reason}. Patterns, residual streams and ablations are exact: use those."
             )
 
+    def decompose_resid(self, *args: Any, **kwargs: Any) -> Any:
+        """TransformerLens' stack of what every sublayer added, refused where some layer adds something else."""
+        missing = [name for name in getattr(self.model, "unavailable", {}) if name.endswith(("hook_attn_out", "hook_mlp_out"))]
+        if missing:
+            raise UnsupportedModelError(
+                f"the stream must be a sum of sublayers' outputs to be decomposed; {missing[0]}: {self.model.unavailable[missing[0]]}. "
+                "Residual streams, patterns and ablations are exact: use those."
+            )
+        return super().decompose_resid(*args, **kwargs)
+
     def compute_head_results(self) -> None:
         """Each head's contribution to the stream, `blocks.{l}.attn.hook_result` [batch, pos, head, d_model]."""
         self._check_additive()
@@ -202,12 +212,17 @@ def check_heads(model: Any, heads: Sequence[tuple[int, int]]) -> list[tuple[int,
         HeadIndexError: one is not.
     """
     checked = []
+    parts = getattr(getattr(model, "anatomy", None), "layers", ())
     for layer, head in heads:
         if not (0 <= int(layer) < model.cfg.n_layers and 0 <= int(head) < model.cfg.n_heads):
             raise HeadIndexError(
                 f"head must be (layer, head) with layer in 0..{model.cfg.n_layers - 1} and head in 0..{model.cfg.n_heads - 1}; got ({layer}, {head}). "
                 "Both count from 0."
             )
+        part = parts[int(layer)] if parts else None
+        if part is not None and int(head) >= part.n_heads:
+            has = f"has {part.n_heads} heads" if part.attention is not None else part.reasons["attn.hook_pattern"]
+            raise HeadIndexError(f"head must exist in its layer; got ({layer}, {head}): layer {layer} {has}. Choose another.")
         checked.append((int(layer), int(head)))
     return checked
 

@@ -85,7 +85,12 @@ class Weights:
     processor: Any
 
     def _stack(self, name: str) -> Tensor:
-        return torch.stack([getattr(block.attn, name) for block in self.blocks])
+        found = [getattr(block.attn, name) for block in self.blocks]
+        if len({x.shape for x in found}) > 1:
+            raise UnsupportedModelError(
+                f"{name} must have one shape in every layer; got {sorted({tuple(x.shape) for x in found})}. Take it layer by layer: model.blocks[l].attn.{name}."
+            )
+        return torch.stack(found)
 
     W_Q = property(lambda self: self._stack("W_Q"), doc="[layer, head, d_model, d_head], a copy")
     W_K = property(lambda self: self._stack("W_K"), doc="[layer, kv_head, d_model, d_head], a copy")
@@ -117,12 +122,27 @@ class Weights:
     def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Tensor:
         """Directions of the residual stream, after division by the final norm's scale, that raise these tokens' logits.
 
-        The final norm's weight is included, so that `cache.logit_attrs` adds up to the logits before any soft-capping.
+        The final norm's weight and whatever multiplies the logits are included, so that `cache.logit_attrs` adds up to the logits before any
+        soft-capping and without the constant of `logit_bias`.
+
+        Raises:
+            UnsupportedModelError: no norm's output alone decides the logits; says so.
         """
+        found = self.anatomy.unembedding
+        if found.norm is None or not found.known:
+            raise UnsupportedModelError(
+                "logits must come from one norm and one matrix for a logit lens; this model does something else between its last layer and its logits. "
+                "Patterns, residual streams and ablations are exact: use those."
+            )
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
         index = torch.as_tensor(tokens, device=self.W_U.device)
         return self.anatomy.unembedding.scale * self.W_U.T[index].float() * self.ln_final.w  # type: ignore[attr-defined]
+
+    @property
+    def logit_bias(self) -> Tensor:
+        """What every token's logit gets whatever the stream is [vocab]: the final norm's bias through the unembedding, and the unembedding's own."""
+        return self.anatomy.unembedding.scale * (self.W_U.T.float() @ self.ln_final.b + self.b_U)  # type: ignore[attr-defined]
 
     def to_tokens(self, text: str, prepend_bos: bool = False) -> Tensor:
         """Token ids [1, pos] of a text without pictures."""

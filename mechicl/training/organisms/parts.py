@@ -117,13 +117,16 @@ def alive(name: str, parameter: Tensor, owner: nn.Module, generator: torch.Gener
     holder = name.split(".")[-2] if "." in name else ""
     if "gate" in name and parameter.numel() == 1:
         return torch.full_like(parameter, 0.8)
-    if parameter.ndim < 2:
+    if parameter.ndim < 2 or (
+        holder in ("q_norm", "k_norm") and not parameter.std() > 0
+    ):  # a norm with a weight for every head of its own is one too
         # normalised queries and keys give scores with a standard deviation of 1 before their norms' weights
         shift = gain - 1.0 if holder in ("q_norm", "k_norm") else 0.0
         return parameter + shift + 0.1 * noise
     if isinstance(owner, nn.Embedding):
         scale = float(getattr(owner, "embed_scale", 1.0))  # Gemma multiplies what it reads by sqrt(d_model)
         return noise / scale
-    fan_in = parameter.numel() / parameter.shape[0]
+    stacked = parameter.ndim == 3 and "expert" in name  # a matrix per expert
+    fan_in = parameter[0].numel() / parameter.shape[1] if stacked else parameter.numel() / parameter.shape[0]
     factor = gain if holder in ("q_proj", "k_proj") else 1.0
     return factor * noise / math.sqrt(fan_in)

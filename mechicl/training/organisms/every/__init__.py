@@ -6,10 +6,18 @@ from typing import Any
 
 import torch
 
+from mechicl.errors import OptionError
+from mechicl.models.families import FAMILIES, TESTED
 from mechicl.training.organisms.every.pictures import prompt
 from mechicl.training.organisms.every.shrink import tiny
 from mechicl.training.organisms.every.special import SPECIAL
 from mechicl.training.organisms.parts import enliven
+
+
+EVERY = TESTED
+"""The 84 decoder-only families of transformers' mapping from pictures and text to text, and Mllama."""
+OUT_OF_SCOPE = tuple(name for name, family in FAMILIES.items() if family.refused)
+"""The rest of the mapping: refused by name."""
 
 
 def configuration(family: str) -> Any:
@@ -24,7 +32,20 @@ def configuration(family: str) -> Any:
 
 
 def build_every(family: str, *, seed: int = 0) -> tuple[Any, dict[str, Any]]:
-    """A tiny model of a family and one prompt with a picture for it."""
+    """A tiny model of a family and one prompt with a picture for it.
+
+    Args:
+        family: One of `EVERY`.
+        seed: Of weights and prompt; the global random state is left as it was.
+
+    Returns:
+        The model, in evaluation mode; what its forward takes, whole: input_ids [1, pos] of 14 words with a picture in them, pixels and what goes with them.
+
+    Raises:
+        OptionError: not a family of `EVERY`.
+    """
+    if family not in EVERY:
+        raise OptionError(f"family must be one of the {len(EVERY)} in mechicl.models.families.TESTED; got {family!r}. Others are refused.")
     from transformers import AutoModelForImageTextToText
 
     with torch.random.fork_rng(devices=[]):
@@ -37,7 +58,13 @@ def build_every(family: str, *, seed: int = 0) -> tuple[Any, dict[str, Any]]:
 
 @torch.no_grad()
 def _quieten(model: Any) -> None:
-    """Where a family multiplies what it reads from the vocabulary, words would drown the picture: undo it in the weights."""
+    """What random weights would drown or flatten.
+
+    Words, where a family multiplies what it reads from the vocabulary; every code but one, where a quantiser's codes lie far outside what it reads.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) and "quantize" in name:
+            module.weight *= 0.1
     text = model.config.get_text_config()
     factor = float(getattr(text, "embedding_multiplier", 1.0) or 1.0)
     if getattr(text, "scale_embedding", False):

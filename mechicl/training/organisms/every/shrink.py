@@ -37,7 +37,7 @@ VISION: Mapping[str, Any] = {
     "num_experts_per_tok": 2, "output_channels": 16, "downsample_channels": [16, WIDTH], "deepstack_visual_indexes": [0, 1, 2], "fullatt_block_indexes": [2],
     "global_attn_indexes": [2], "projector_input_dim": WIDTH, "projector_output_dim": WIDTH, "vision_output_dim": WIDTH, "insert_layer_id": 1,
     "position_embedding_size": 16, "posemb_grid_size": 4, "max_img_size": SIDE, "max_image_size": SIDE, "num_pos_feats": 8, "projection_hidden_dim": WIDTH, "projection_intermediate_size": WIDTH,
-    "text_hidden_size": D_MODEL, "mm_embed_dim": D_MODEL, "mm_posemb_size": 16, "output_proj_dims": D_MODEL, "vocab_size": VOCAB,
+    "mm_embed_dim": D_MODEL, "mm_posemb_size": 16, "output_proj_dims": D_MODEL, "vocab_size": VOCAB,
 }  # fmt: skip
 AUDIO: Mapping[str, Any] = {
     "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "encoder_layers": 1, "encoder_attention_heads": 2,

@@ -88,5 +88,7 @@ SPECIAL: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "qwen4_exp": {"text_config": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 4, "hc_lowrank": 8}},
     "shieldgemma2": {"text_config": {"layer_types": ALTERNATING}},
     "step3p7": {"text_config": {"layer_types": ["full_attention", "sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 8, "num_sliding_attention_heads": 8}},
+    "unlimited_ocr": {"text_config": {"num_key_value_heads": 4}},
+    "granite_docling": {"text_config": {"attention_multiplier": 0.25}},
     "vipllava": {"": {"vision_feature_layer": [-1, -2]}},
 }  # fmt: skip
