@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-ELSEWHERE = ("anchored", "attribution", "sweeps", "toys")
+ELSEWHERE = ("anchored", "attribution", "recipes", "sweeps", "toys")
 """Pages whose Python other tests run, with assertions of their own."""
 LONG = ("adapt",)
 """Pages whose Python trains for many minutes: it must compile; tests/test_adapt_runs.py makes the same calls at a small scale."""
@@ -22,10 +22,10 @@ def blocks(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p) and p.stem not in (*ELSEWHERE, *LONG)], ids=lambda p: p.stem)
 def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    space: dict[str, object] = {}
+    source = tmp_path / f"{page.stem}.py"  # nnsight reads the body of its `with` from a file
+    source.write_text("\n".join(blocks(page)), encoding="utf-8")
     with contextlib.redirect_stdout(io.StringIO()):
-        for block in blocks(page):
-            exec(compile(block, page.name, "exec"), space)
+        exec(compile(source.read_text(encoding="utf-8"), str(source), "exec"), {"__name__": page.stem})
 
 
 @pytest.mark.parametrize("name", LONG)
