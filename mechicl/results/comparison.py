@@ -192,7 +192,8 @@ class HeadsImprove:
     episodes. `equal_number`: the same when the larger model is cut down to as many heads as the smaller one has, at random, averaged over all such cuts (exact).
     `equal_share`: the best `share` of the heads of each. `by_number`: raw difference when all heads of both are dealt to the two models at random (mean), `by_number_high` its
     97.5 % quantile, `p_heads` one-sided: the units are heads. `p_episodes`: two-sided sign-flip test of `equal_number`: the units are episodes.
-    `finding`: "better", "worse", "more heads, not better ones", "no difference shown"; `verdict` says it in a sentence.
+    Episodes say that these heads differ, heads that models do: `finding` is "better" where both intervals over episodes are above zero and `p_heads` is below 0.05, "worse" the other
+    way round, else "higher, as more heads are", "higher, not beyond chance" or "no difference shown"; `verdict` says it in a sentence.
     """
 
     score: str

@@ -118,8 +118,8 @@ def _partial(
 ) -> Partial:
     """Rank correlation over pairs of what other things leave unexplained in each model, and its permutation null.
 
-    By index and depth: ranks minus their mean in the pair's layer, dealt within layers. By function: ranks minus their linear prediction from depth, its square and the ranks of
-    the scores that found the pairs, because within any model scores depend on each other (a head's attention sums to one), and pairs alike in some are alike in the rest.
+    By index: ranks minus their mean in the pair's layer, dealt within layers. By function: ranks minus their linear prediction from depth, its square and the ranks of the scores
+    that found the pairs, because within any model scores depend on each other (a head's attention sums to one), and pairs alike in some are alike in the rest. By depth: both.
     """
     if len(rows) < 4:
         return Partial(np.nan, np.full(n_draws, np.nan))
@@ -127,11 +127,12 @@ def _partial(
     left = []
     for side, chosen, depth in ((found.first, rows, found.depth[0]), (found.second, columns, found.depth[1])):
         target = ranks(side[name].mean(0)[chosen])
-        if how == "function":
-            known = [np.ones(len(chosen)), depth[chosen], depth[chosen] ** 2, *(ranks(side[other].mean(0)[chosen]) for other in by)]
-            design = np.stack(known, 1)
-        else:
-            design = (layers[:, None] == np.unique(layers)[None]).astype(float)
+        where = (
+            [np.ones(len(chosen)), depth[chosen], depth[chosen] ** 2]
+            if how == "function"
+            else list((layers[:, None] == np.unique(layers)[None]).T.astype(float))
+        )
+        design = np.stack([*where, *(ranks(side[other].mean(0)[chosen]) for other in by)], 1)
         left.append(target - design @ np.linalg.lstsq(design, target, rcond=None)[0])
     a, b = left
     if np.abs(a).max() < 1e-9 or np.abs(b).max() < 1e-9:

@@ -18,7 +18,7 @@ from mechicl.analysis.feed import Data, check_data, provenance
 from mechicl.analysis.heads.scoring import score_heads
 from mechicl.analysis.icl import icl_accuracy
 from mechicl.errors import CheckpointError, OptionError, OutputPathError
-from mechicl.results import Estimate, Provenance, Series
+from mechicl.results import Estimate, HeadScores, Provenance, Series
 
 GROWN = ("induction", "ila", "previous_token")
 """Head scores that are followed unless others are asked for."""
@@ -60,20 +60,29 @@ def grow(
     points: list[tuple[int, Mapping[str, Estimate]]] = []
     made: Provenance | None = None
     for step, model in models:
-        answers = icl_accuracy(model, data, zero_shot=False, **common)
-        point = {"accuracy": answers.accuracy, "CLA": answers.cla}
-        found = score_heads(model, data, scores=scores, n_null=1, **common)
-        for name, score in found.scores.items():
-            best = score.top(1)
-            if best:
-                cell = best[0]
-                value, low, high = (float(array[cell]) for array in (score.value, score.low, score.high))
-                point[f"{name.replace('_', ' ')}, best head"] = Estimate(value, low, high, found.n, score.unit, "bootstrap 95 %")
+        point, _ = measure_point(model, data, scores=scores, **common)
         points.append((int(step), point))
         made = provenance(model, task=task, seed=seed, options={"scores": list(scores), "batch_size": batch_size})
     if made is None:
         raise OptionError("models must be at least one (step, model); got none. Give the checkpoints in order.")
     return series(points, stages=stages, n=len(data), made=made)
+
+
+def measure_point(
+    model: Any, data: Data, *, scores: Sequence[str] = GROWN, seed: int = 0, batch_size: int = 8, task: str = "", progress: bool = True
+) -> tuple[dict[str, Estimate], HeadScores]:
+    """One point of a curve: "accuracy", "CLA" and "<score>, best head", and the scores of every head behind it."""
+    common: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "task": task, "progress": progress}
+    answers = icl_accuracy(model, data, zero_shot=False, **common)
+    point = {"accuracy": answers.accuracy, "CLA": answers.cla}
+    found = score_heads(model, data, scores=scores, n_null=1, **common)
+    for name, score in found.scores.items():
+        best = score.top(1)
+        if best:
+            cell = best[0]
+            value, low, high = (float(array[cell]) for array in (score.value, score.low, score.high))
+            point[f"{name.replace('_', ' ')}, best head"] = Estimate(value, low, high, found.n, score.unit, "bootstrap 95 %")
+    return point, found
 
 
 def series(
