@@ -18,8 +18,8 @@ import sweep_stand_in as stand_in
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mechicl.data.folders import write_whole
 from mechicl.errors import CheckpointError, DeviceError, OptionError, OutputPathError
-from mechicl.training.runs import write_bytes
 from mechicl.training.sweeps import sweep
 from mechicl.training.sweeps.cells import axis_names, cells, digest, groups, read_spec
 from mechicl.training.sweeps.store import Store
@@ -278,9 +278,9 @@ def test_a_full_disk_is_told_and_what_was_finished_stays(tmp_path: Path, monkeyp
         if len(kept) == 3:
             raise OSError(28, "No space left on device")
         kept.append(path)
-        write_bytes(path, data)
+        write_whole(path, data)
 
-    monkeypatch.setattr(sweep_store, "write_bytes", write)
+    monkeypatch.setattr(sweep_store, "write_whole", write)
     with pytest.raises(OutputPathError, match=r"No space left.*run the same command again"):
         run(SPEC, tmp_path / "out")
     assert sweep.load(tmp_path / "out")["cell"].nunique() == 3
@@ -419,7 +419,7 @@ def test_an_earlier_training_that_cannot_be_is_refused(spec: dict[str, Any], say
 def start(spec: dict[str, Any], out: Path, **options: Any) -> subprocess.Popen[bytes]:
     """A driver in a process of its own."""
     given = {"spec": spec, "out": str(out), "trainer": "sweep_stand_in", "progress": False, **options}
-    code = f"from mechicl.training import sweep; import json; sweep.run(**json.loads({json.dumps(given)!r}))"
+    code = f"from mechicl.training.sweeps import sweep; import json; sweep.run(**json.loads({json.dumps(given)!r}))"
     path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path})
 

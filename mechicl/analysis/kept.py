@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from mechicl.data.folders import Hold, append_line, write_whole
 from mechicl.errors import CheckpointError, OutputPathError
 
 
@@ -27,7 +28,7 @@ class KeptFolder:
 
     Raises:
         CheckpointError: the folder holds other work (names what differs), or its plan cannot be read.
-        OutputPathError: it cannot be written, or holds other files.
+        OutputPathError: it cannot be written, holds other files, or another process is at work in it.
     """
 
     plan: str
@@ -48,9 +49,10 @@ class KeptFolder:
                     f"out must be a new or empty folder, or this {self.what}'s; {self.out} holds other files. Choose another folder."
                 )
             else:
-                _replace(self.out / self.plan, (json.dumps(asked, indent=1) + "\n").encode())
+                write_whole(self.out / self.plan, (json.dumps(asked, indent=1) + "\n").encode())
         except OSError as error:
             raise self._unwritable(error) from error
+        self.held = Hold(self.out / self.plan, self.what)
 
     def _agree(self, asked: Mapping[str, Any]) -> None:
         path = self.out / self.plan
@@ -80,7 +82,7 @@ class KeptFolder:
         text = path.read_bytes()
         end = text.rfind(b"\n") + 1
         if end < len(text):
-            _replace(path, text[:end])
+            write_whole(path, text[:end])
         for number, line in enumerate(text[:end].splitlines()):
             try:
                 take(json.loads(line))
@@ -95,13 +97,7 @@ class KeptFolder:
         Raises:
             OutputPathError: the disk is full or gone.
         """
-        try:
-            with (self.out / self.lines).open("ab") as file:
-                file.write(json.dumps(line).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise self._unwritable(error) from error
+        append_line(self.out / self.lines, json.dumps(line))
 
     def write_table(self, name: str, table: pd.DataFrame) -> None:
         """Write a table, Parquet or (named so) CSV."""
@@ -120,12 +116,3 @@ class KeptFolder:
             f"out must be a folder that can be written; got {self.out} ({error.strerror or error}). Make room or choose another place: "
             f"finished {self.finished} are kept."
         )
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -9,17 +9,17 @@ No pickle anywhere. Every file is written under a temporary name, flushed and re
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mechicl.data.folders import Hold, append_line, write_whole
 from mechicl.errors import CheckpointError, OutputPathError
 
 STATE = "state.safetensors"
@@ -30,9 +30,10 @@ AGAIN = "Delete the folder and start again."
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder."""
+    """A run folder. `held`: while this object lives, no other process trains in it."""
 
     folder: Path
+    held: Hold | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], config: Mapping[str, Any], *, resume: bool) -> Run:
@@ -43,7 +44,7 @@ class Run:
             resume: Continue what is in the folder; a folder without a run is started.
 
         Raises:
-            OutputPathError: the folder cannot be written, or holds something and `resume` is not set.
+            OutputPathError: the folder cannot be written, holds something and `resume` is not set, or another process trains in it.
             CheckpointError: the folder's run has another configuration, or its configuration cannot be read.
         """
         path = Path(folder)
@@ -65,7 +66,7 @@ class Run:
             raise OutputPathError(f"out must be an empty folder or a run's folder; {path} holds other files. Choose another folder.")
         else:
             write_text(path / CONFIG, json.dumps(wanted, indent=1, sort_keys=True) + "\n")
-        return run
+        return replace(run, held=Hold(path / CONFIG, "training"))
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, counters: Mapping[str, Any]) -> None:
         """Replace the checkpoint."""
@@ -123,11 +124,12 @@ class Run:
         return counters
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Append a measurement."""
-        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Append a measurement.
+
+        Raises:
+            OutputPathError: the disk is full or gone.
+        """
+        append_line(self.folder / METRICS, json.dumps(line))
 
     def lines(self) -> list[dict[str, Any]]:
         """All measurements so far; a line that a kill cut off is left out."""
@@ -190,36 +192,15 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path.name} must be readable JSON; {path} is not ({error}). {AGAIN}") from error
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write under a temporary name, flush, rename.
-
-    Raises:
-        OutputPathError: the disk is full or the folder cannot be written; a file that was there stays as it was.
-    """
-    temporary = path.with_name(path.name + ".part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise OutputPathError(
-            f"{path.name} must be written to {path.parent}; that failed ({error.strerror}). What was there is untouched: make room and resume."
-        ) from error
-
-
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
     """Tensors as safetensors, under a temporary name first.
 
     Raises:
-        OutputPathError: see `write_bytes`.
+        OutputPathError: see `write_whole`.
     """
     from safetensors.torch import save
 
-    write_bytes(path, save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, dict(header)))
+    write_whole(path, save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, dict(header)))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -240,8 +221,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write under a temporary name, flush, rename."""
-    write_bytes(path, text.encode())
+    """Write under a temporary name, flush, rename. Errors: see `write_whole`."""
+    write_whole(path, text.encode())
 
 
 def same_tensors(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:

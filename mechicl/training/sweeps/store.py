@@ -19,8 +19,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mechicl.data.folders import Hold, write_whole
 from mechicl.errors import CheckpointError, OutputPathError
-from mechicl.training.runs import read_json, short, write_bytes, write_text
+from mechicl.training.runs import read_json, short, write_text
 from mechicl.training.sweeps.cells import Cell, Spec, axis_names
 from mechicl.training.sweeps.table import open_table, write_results
 from mechicl.training.sweeps.work import Outcome, versions
@@ -111,7 +112,7 @@ class Store:
         failed = self.out / "failed" / f"{outcome.cell}.json"
         try:
             if outcome.table is not None:
-                write_bytes(self.out / "cells" / f"{outcome.cell}.parquet", outcome.table)
+                write_whole(self.out / "cells" / f"{outcome.cell}.parquet", outcome.table)
                 failed.unlink(missing_ok=True)
             else:
                 about = {"kind": outcome.kind, "reason": outcome.reason, "cell": self.describe(outcome.cell), "detail": outcome.detail}
@@ -141,16 +142,9 @@ class Store:
         Raises:
             OutputPathError: another driver is at work in it.
         """
-        with (self.out / ".lock").open("w") as file:
-            try:
-                import fcntl
-            except ImportError:  # not on this system: two drivers at once would only do the same cells twice
-                yield
-                return
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise OutputPathError(f"out must be free; another sweep is at work in {self.out}. Wait for it or stop it.") from error
+        lock = self.out / ".lock"  # the plan is written later, and again when the sweep grows
+        lock.touch()
+        with Hold(lock, "sweep"):
             yield
 
 

@@ -21,8 +21,9 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
+from mechicl.data.folders import write_whole
 from mechicl.errors import CheckpointError, OptionError
-from mechicl.training.runs import AGAIN, CONFIG, STATE, Run, read_json, read_tensors, write_bytes, write_tensors, write_text
+from mechicl.training.runs import AGAIN, CONFIG, STATE, Run, read_json, read_tensors, write_tensors, write_text
 from mechicl.training.toys.recipe import ToyRecipe
 
 METRICS = "metrics.parquet"
@@ -81,7 +82,7 @@ class ToyFolder:
         """Replace the table of measures."""
         data = io.BytesIO()
         pd.DataFrame(rows).to_parquet(data, index=False)
-        write_bytes(self.path / METRICS, data.getvalue())
+        write_whole(self.path / METRICS, data.getvalue())
 
     def rows(self, up_to: int) -> list[dict[str, Any]]:
         """The measures made up to a step; later ones are made again.
