@@ -40,7 +40,7 @@ docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build -f docs/site/mkdocs.yml
 
 dist: $(STAMP)
-	$(PY) -m build
+	$(PY) -m build --no-isolation
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis dist build

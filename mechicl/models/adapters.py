@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def base_of(folder: str | Path) -> str:
 
 
 @contextmanager
-def quietly():
+def quietly() -> Iterator[None]:
     """peft 0.21 still asks transformers by a name that transformers 5.23 calls deprecated."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
