@@ -67,7 +67,7 @@ def comparison_panels(result: Comparison, *, scores: Sequence[str] | None = None
 
 def _under(result: Comparison) -> str:
     aligned = result.alignment
-    said = f"heads aligned {words(result.why)}; n = {result.n} episodes, {len(aligned.pairs)} pairs"
+    said = f"heads aligned by {aligned.how}; n = {result.n} episodes, {len(aligned.pairs)} pairs of heads; orange: both in the top of their model"
     if np.isfinite(aligned.agreement):
         said += f"<br>partial rank correlation over all scores {aligned.agreement:.2f} (dealt at random: below {aligned.agreement_high:.2f} in 97.5 %; p = {aligned.p:.2g})"
     if result.accuracy is not None:

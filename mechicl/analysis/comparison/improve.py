@@ -192,7 +192,7 @@ def _verdict(score: str, names: tuple[str, str], k: int, sizes: tuple[int, int],
     same = f"{equal} with as many heads of each ({sizes[0]} and {sizes[1]}), " if sizes[0] != sizes[1] else ""
     told = f"difference {raw}, {same}{numbers['by_number']:+.3f} when the heads of both are dealt to them at random (p = {p:.2g} for as large a one)"
     said = {
-        "better": f"Better: {what} of {b} have higher scores than those of {a}, and by more than the number of heads explains",
+        "better": f"Better: {what} of {b} have higher scores than those of {a}, and by more than {'the number of heads explains' if same else 'heads dealt at random differ'}",
         "worse": f"Worse: {what} of {b} have lower scores than those of {a}",
         "higher, as more heads are": f"Not shown to be better: {what} of {b} have higher scores than those of {a}, as the best of more heads would",
         "higher, not beyond chance": f"Not shown to be better: {what} of {b} have higher scores than those of {a}, but heads dealt at random do so too often",

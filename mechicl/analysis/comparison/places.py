@@ -193,4 +193,4 @@ def _listed(one: Any) -> Checkpoint:
     step = step if step is not None else (found.step if found is not None else step_of(folder.name))
     if step is None:
         raise OptionError(f"a checkpoint's folder must tell its step; got {str(folder)!r}. Give (step, folder).")
-    return Checkpoint(int(step), folder.name, whole)
+    return Checkpoint(int(step), folder.parent.name if folder.name == "model" else folder.name, whole)
