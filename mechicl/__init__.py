@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from mechicl.analysis.ablation.span_knockouts import span_knockout
     from mechicl.analysis.circuits.find import circuit_curve, evaluate_circuit, find_circuit
     from mechicl.analysis.circuits.overlap import compare_circuits
+    from mechicl.analysis.comparison.checkpoints import series
+    from mechicl.analysis.comparison.compare import compare
+    from mechicl.analysis.comparison.improve import heads_improve
+    from mechicl.analysis.comparison.words import in_words
     from mechicl.analysis.examples.anchored import compare_strategies
     from mechicl.analysis.gradients.attribution import attribute
     from mechicl.analysis.gradients.edge_attribution import eap
@@ -48,6 +52,10 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "adapt": "mechicl.training.adapting.adapt",
+    "compare": "mechicl.analysis.comparison.compare",
+    "heads_improve": "mechicl.analysis.comparison.improve",
+    "in_words": "mechicl.analysis.comparison.words",
+    "series": "mechicl.analysis.comparison.checkpoints",
     "compare_strategies": "mechicl.analysis.examples.anchored",
     "compare_circuits": "mechicl.analysis.circuits.overlap",
     "circuit_curve": "mechicl.analysis.circuits.find",
@@ -92,12 +100,13 @@ _HOMES = {
 _MODULES = ("data", "prompts", "models", "analysis", "training", "views", "errors", "results")
 
 __all__ = [
-    "Episode", "HookedVLM", "Shot", "ablate", "adapt", "add_function_vector", "attention_by_role", "attribute", "build_or_sharpen",
-    "circuit_curve", "compare_circuits", "compare_strategies", "contrast_margin", "direct_logits", "dose_curve", "eap",
-    "evaluate_circuit", "evaluate_link", "factor_shares", "find_and_prove", "find_circuit", "function_vector",
-    "function_vector_scores", "head_circuits", "icl_accuracy", "informative_position", "kv_shift", "label_corruption",
-    "link_circuit", "link_or_prior", "link_priors", "load", "logit_lens", "patch", "path_patch", "plot", "score_heads",
-    "similarity_test", "span_knockout", "transplant", "written_answers",
+    "Episode", "HookedVLM", "Shot", "ablate", "adapt", "add_function_vector", "attention_by_role", "attribute",
+    "build_or_sharpen", "circuit_curve", "compare", "compare_circuits", "compare_strategies", "contrast_margin",
+    "direct_logits", "dose_curve", "eap", "evaluate_circuit", "evaluate_link", "factor_shares", "find_and_prove",
+    "find_circuit", "function_vector", "function_vector_scores", "head_circuits", "heads_improve", "icl_accuracy", "in_words",
+    "informative_position", "kv_shift", "label_corruption", "link_circuit", "link_or_prior", "link_priors", "load",
+    "logit_lens", "patch", "path_patch", "plot", "score_heads", "series", "similarity_test", "span_knockout", "transplant",
+    "written_answers",
 ]  # fmt: skip
 
 

@@ -12,6 +12,8 @@
     mechicl eval lcl --data generated --shots 0,2,4,8,16 --out runs/lcl
     mechicl data check photos
     mechicl study huang2026 --model demo --out runs/huang2026
+    mechicl compare demo runs/adapted/model --improve induction --out runs/compared
+    mechicl series runs/checkpoints --out runs/series
     mechicl sweep spec.toml --out runs/sweep --workers 2
 
 What can be refused is refused before a model is loaded. Numbers go to stdout, everything else to stderr; a mistake is one line and exit code 2.
@@ -19,7 +21,7 @@ What can be refused is refused before a model is loaded. Numbers go to stdout, e
 
 from __future__ import annotations
 
-from mechicl.cli import adapt, data, heads, kv, patch, report, study_protocol, sweep, train
+from mechicl.cli import adapt, compare, data, heads, kv, patch, report, study_protocol, sweep, train
 from mechicl.cli.app import app, evaluation, sets, study, training
 from mechicl.cli.eval import lcl
 from mechicl.cli.eval_tasks import tasks
@@ -38,6 +40,8 @@ training.command("vlm")(train.train_vlm)
 training.command("toy")(train.train_toy)
 study.command("huang2026")(study_protocol.huang2026)
 app.command()(sweep.sweep)
+app.command()(compare.compare)
+app.command()(compare.series)
 app.command()(adapt.adapt)
 evaluation.command("lcl")(lcl)
 evaluation.command("tasks")(tasks)

@@ -9,6 +9,7 @@
     plot(shift), plot(similarity), plot(shares), plot(conditions), plot(mixed)             # keys and values: what an example changes
     plot(written)                                                                          # a benchmark's answers over shots
     plot(margin), plot(margin_effect), plot(contrast_map), plot(strategies)
+    plot(comparison), plot(improvement), plot(checkpoints)                                # two models; one along its checkpoints
     plot_sweep(table, x="K", y="accuracy_ic", color="positions")
 
 A figure is returned, never shown or written. Its arrays are the result's arrays.
@@ -73,9 +74,11 @@ from mechicl.results import (
     Tuning,
     WrittenAnswers,
 )
+from mechicl.results.comparison import CheckpointSeries, Comparison, HeadsImprove
 from mechicl.views import (
     circuit_panels,
     circuits,
+    comparison,
     curves,
     edges,
     factors,
@@ -352,6 +355,21 @@ def _(result: RankingMatch, *, dark: bool = False) -> go.Figure:
 @plot.register
 def _(result: Tuning, *, dark: bool = False) -> go.Figure:
     return _figure(protocol.tuning_rows(result), dark)
+
+
+@plot.register
+def _(result: Comparison, *, scores: Sequence[str] | None = None, dark: bool = False) -> go.Figure:
+    return _figure(comparison.comparison_panels(result, scores=scores), dark)
+
+
+@plot.register
+def _(result: HeadsImprove, *, dark: bool = False) -> go.Figure:
+    return _figure(comparison.improvement_rows(result), dark)
+
+
+@plot.register
+def _(result: CheckpointSeries, *, heads: int = 12, dark: bool = False) -> go.Figure:
+    return _figure(comparison.checkpoint_panels(result, heads=heads), dark)
 
 
 def plot_sweep(
