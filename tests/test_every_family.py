@@ -6,6 +6,7 @@ Each promise of a hooked model is held against another path: the plain model, it
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -269,7 +270,8 @@ def test_the_final_norm_and_the_unembedding_give_the_logits_or_the_logit_lens_is
             model.tokens_to_residual_directions(7)
         return
     tokens = torch.arange(5, 95)
-    lens = cache["ln_final.hook_normalized"].float() @ model.tokens_to_residual_directions(tokens).T + model.logit_bias[tokens]
+    with torch.no_grad():
+        lens = cache["ln_final.hook_normalized"].float() @ model.tokens_to_residual_directions(tokens).T + model.logit_bias[tokens]
     lens = lens if found.cap is None else found.cap * torch.tanh(lens / found.cap)
     assert float((lens - logits[..., tokens]).abs().max()) <= 1e-4 * float(logits[..., tokens].abs().max())
 
@@ -305,6 +307,53 @@ def test_no_other_input_can_be_lost_in_silence(family: str) -> None:
         except (TypeError, ValueError, AttributeError, RuntimeError, IndexError):
             continue  # transformers says so itself
         assert apart(without, plain(family)) <= 1e-5, key
+
+
+def test_with_short_queries_the_last_layers_hooks_hold_the_last_token_only() -> None:
+    model, layer = (
+        hooked("gemma4"),
+        hooked("gemma4").cfg.n_layers - 1,
+    )  # shares the keys of an earlier layer, so it runs on what is asked for
+    seen = {}
+    names = [f"blocks.{layer}.attn.hook_pattern", f"blocks.{layer}.attn.hook_z", "blocks.0.attn.hook_pattern"]
+    with model.hooks(fwd_hooks=[(name, lambda x, hook, name=name: seen.__setitem__(name, x)) for name in names]):
+        first = model.generate(prompt("gemma4"), max_new_tokens=1)
+    assert int(first) == int(plain("gemma4")[0, -1].argmax())
+    assert seen[names[0]].shape[2] == 1
+    assert torch.allclose(seen[names[0]][:, :, 0], run("gemma4")[1]["pattern", layer][:, :, -1], atol=1e-5)
+    assert torch.allclose(seen[names[1]][:, 0], run("gemma4")[1]["z", layer][:, -1], atol=1e-4)
+    assert seen[names[2]].shape == run("gemma4")[1]["pattern", 0].shape
+
+
+@pytest.mark.parametrize("family", ["dots3_note", "mistral_large4", "minimax_m3_vl", "qwen4_exp", "glm5_next"])
+def test_sparse_selection_leaves_keys_out_that_causality_allows(family: str) -> None:
+    rows = [(run(family)[1]["attn_scores", layer] > -torch.inf).sum(-1)[0] for layer in soft(family)]
+    causal = torch.arange(rows[0].shape[-1]) + 1
+    assert any(bool((row < causal).any()) for row in rows)
+    assert all(bool((row <= causal).all()) for row in rows)
+
+
+def test_an_indexer_that_does_not_tell_its_blocks_is_refused() -> None:
+    from mechicl.models.selection import selected
+
+    x = torch.zeros(1, 2, 8, 4)
+    with pytest.raises(UnsupportedModelError, match="block_size"):
+        selected(torch.nn.Identity(), x, x, {"block_indices": torch.zeros(1, 1, 8, 2, dtype=torch.long)})
+
+
+def test_weights_of_layers_unlike_each_other_are_not_stacked() -> None:
+    with pytest.raises(UnsupportedModelError, match="layer by layer"):
+        hooked("step3p7").W_Q
+    with pytest.raises(UnsupportedModelError, match="no softmax attention"):
+        hooked("lfm2_vl").W_O
+
+
+@families
+def test_the_docs_line_is_current(family: str) -> None:
+    from mechicl.training.organisms.every.table import line
+
+    page = (Path(__file__).parents[1] / "docs" / "families.md").read_text()
+    assert line(family, hooked(family)) in page, "run: python -m mechicl.training.organisms.every docs/families.md"
 
 
 @families

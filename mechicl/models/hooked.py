@@ -83,10 +83,11 @@ class ActivationCache(TransformerLensCache):
 
     def decompose_resid(self, *args: Any, **kwargs: Any) -> Any:
         """TransformerLens' stack of what every sublayer added, refused where some layer adds something else."""
-        missing = [name for name in getattr(self.model, "unavailable", {}) if name.endswith(("hook_attn_out", "hook_mlp_out"))]
+        reasons: Mapping[str, str] = getattr(self.model, "unavailable", {})
+        missing = [name for name in reasons if name.endswith(("hook_attn_out", "hook_mlp_out"))]
         if missing:
             raise UnsupportedModelError(
-                f"the stream must be a sum of sublayers' outputs to be decomposed; {missing[0]}: {self.model.unavailable[missing[0]]}. "
+                f"the stream must be a sum of sublayers' outputs to be decomposed; {missing[0]}: {reasons[missing[0]]}. "
                 "Residual streams, patterns and ablations are exact: use those."
             )
         return super().decompose_resid(*args, **kwargs)

@@ -13,7 +13,6 @@ from mechicl.training.organisms.every.shrink import tiny
 from mechicl.training.organisms.every.special import SPECIAL
 from mechicl.training.organisms.parts import enliven
 
-
 EVERY = TESTED
 """The 84 decoder-only families of transformers' mapping from pictures and text to text, and Mllama."""
 OUT_OF_SCOPE = tuple(name for name, family in FAMILIES.items() if family.refused)

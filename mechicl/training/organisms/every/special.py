@@ -23,7 +23,7 @@ CODES = {f"IMGIMG{chr(ord('A') + i // 10)}{chr(ord('A') + i % 10)}Z": 100 + i fo
 SPECIAL: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "aria": {"": {"projector_patch_to_query_dict": {16: 4}, "max_value_projector_patch_to_query_dict": 4}},
     "chameleon": {"": {"vocabulary_map": {"<image>": PICTURE, **CODES}, "image_token_id": PICTURE}},
-    "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": MROPE, "sliding_attention": MROPE}}},
+    "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": MROPE, "sliding_attention": MROPE}, "layer_types": ALTERNATING, "logit_scale": 0.5}},
     "cosmos3_edge": {"text_config": {"rope_parameters": MROPE}},
     "cosmos3_omni": {"text_config": {"rope_parameters": INTERLEAVED}},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"], "num_experts_per_tok": 2}},
@@ -53,12 +53,19 @@ SPECIAL: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "glm5_next": {"text_config": {"index_topk": 8, "index_kpool": 4}},
     "glm_ocr": {"text_config": {"rope_parameters": MROPE}},
     "glmga": {"text_config": {"rope_parameters": MROPE}},
-    "granite4_vision": {"": {"deepstack_layer_map": [[-1, 0], [-2, 1]], "downsample_rate": "1/2", "spatial_target_layers": [0, 1, 2, 3]}, "vision_config": {"hidden_size": 64}},
+    "granite4_vision": {"": {"deepstack_layer_map": [[-1, 0], [-2, 1]], "downsample_rate": "1/2", "spatial_target_layers": [0, 1, 2, 3]}, "vision_config": {"hidden_size": 64},
+        "text_config": {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.25},
+    },
     "hunyuan_vl": {"text_config": {"head_dim": D_HEAD, "rope_parameters": {**PLAIN, "mrope_section": [2, 2, 2, 2]}}},
+    "hyperclovax_vision_v2": {"text_config": {"logits_scaling": 0.5}},
     "inkling2": {"text_config": {"layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding", "hybrid"]}},
     "janus": {"vision_config": {"projection_dim": D_MODEL}},
     "kosmos-2.5": {"vision_config": {"patch_embed_hidden_size": 3 * PATCH**2, "max_num_patches": 32}},
+    "lfm2_vl": {"text_config": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]}},
     "llama4": {"vision_config": {"intermediate_size": 4 * WIDTH}},
+    "minimax_m3_vl": {"text_config": {
+        "layer_types": ["full_attention", "minimax_m3_sparse", "full_attention", "minimax_m3_sparse"], "index_n_heads": 2, "index_block_size": 4, "index_topk_blocks": 2,
+    }},
     "mistral4": {"": {"rope_parameters": {"type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16, "max_position_embeddings": 512, "beta_fast": 32.0, "beta_slow": 1.0, "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.1, "partial_rotary_factor": 0.25}}},
     "mllama": {
         "text_config": {"cross_attention_layers": [1, 3]},
@@ -72,6 +79,9 @@ SPECIAL: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "text_config": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "full_attention", "moe"], "ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2, "chunk_size": 8},
     },
     "paddleocr_vl": {"text_config": {"rope_parameters": MROPE}},
+    "paligemma": {"text_config": {
+        "model_type": "gemma2", "layer_types": ALTERNATING, "sliding_window": 8, "query_pre_attn_scalar": D_HEAD, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0,
+    }},
     "perception_lm": {
         "vision_config": {"architecture": "vit_pe_core_base_patch16_224", "model_args": {
             "embed_dim": WIDTH, "img_size": [SIDE, SIDE], "patch_size": PATCH, "depth": 2, "num_heads": 2, "global_pool": "", "ref_feat_shape": [4, 4], "init_values": 0.5,
