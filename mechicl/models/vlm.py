@@ -308,9 +308,18 @@ class HookedVLM(Weights, Hooked):
             out = self.hf.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **kwargs)
         return out[:, inputs["input_ids"].shape[1] :]
 
-    def trace(self, batch: Batch | Mapping[str, Any], **kwargs: Any) -> Any:
-        """nnsight on the same Hugging Face model: `with model.trace(batch): x = model.nnsight.lm_head.output.save()`."""
-        return self.nnsight.trace(**self.inputs(batch), **kwargs)
+    def trace(self, batch: Batch | Mapping[str, Any], *, remote: bool | str = False, **kwargs: Any) -> Any:
+        """nnsight on the same Hugging Face model: `with model.trace(batch): x = model.nnsight.lm_head.output.save()`.
+
+        With `remote` (True, or a host's address) the block runs on nnsight's server, for a model loaded by its hub id and a user with a key: read it through
+        `model.remote`. See `mechicl.models.trace`.
+
+        Raises:
+            OptionError: remote without a key, or of a model that is not on the hub.
+        """
+        from mechicl.models.trace import open_trace
+
+        return open_trace(self.nnsight, lambda: self.remote, self.inputs(batch), where=remote, **kwargs)
 
     @cached_property
     def nnsight(self) -> Any:
@@ -318,6 +327,13 @@ class HookedVLM(Weights, Hooked):
         from mechicl.models.trace import envoy
 
         return envoy(self.hf)
+
+    @cached_property
+    def remote(self) -> Any:
+        """The nnsight envoy of the same model on the hub, for remote traces; no weights are loaded."""
+        from mechicl.models.trace import remote_envoy
+
+        return remote_envoy(self.cfg.model_name, pictures=bool(self.hf.config.to_dict().get("vision_config")))
 
     def describe(self) -> dict[str, Any]:
         """What `results.Provenance` needs to name this model."""
