@@ -62,7 +62,7 @@ def written_answers(
     if counts[0] < 0:
         raise OptionError(f"shots must not be negative; got {min(shots)}. 0 is the control.")
     drawn = {k: task.episodes(n, shots=k, classes=classes, description=description, seed=seed) for k in counts}
-    settings = [Setting(f"{k} shots", k, episodes) for k, episodes in drawn.items()]
+    settings = [Setting(f"{k} shots", float(k), episodes) for k, episodes in drawn.items()]
     job = Job("shots", f"VL-ICL Bench {task.name}", How(score, True, max_new_tokens), batch_size=batch_size, seed=seed, progress=progress)
     answers, store = collect(model, settings, job, out)
     result = _mark(model, task, settings, job, answers, {"classes": classes, "description": description})

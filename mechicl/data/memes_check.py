@@ -8,8 +8,9 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from PIL import Image, ImageOps
 
@@ -174,7 +175,7 @@ def _look(path: Path, name: str, max_pixels: int) -> str | Problem:
         return Problem("broken", "", f"picture {name} cannot be used ({error})")
 
 
-def open_picture(path: Path | IO[bytes], *, max_pixels: int = MAX_PIXELS, size: int | None = None) -> Image.Image:
+def open_picture(path: Path | BytesIO, *, max_pixels: int = MAX_PIXELS, size: int | None = None) -> Image.Image:
     """A picture of a file, or of its bytes, as RGB, its pixels in memory and its file closed; `size`: shrunk until no side is longer.
 
     Raises:
