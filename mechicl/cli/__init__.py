@@ -14,6 +14,7 @@
     mechicl study huang2026 --model demo --out runs/huang2026
     mechicl compare demo runs/adapted/model --improve induction --out runs/compared
     mechicl series runs/checkpoints --out runs/series
+    mechicl study heads-at-odds --model demo --out runs/odds
     mechicl sweep spec.toml --out runs/sweep --workers 2
 
 What can be refused is refused before a model is loaded. Numbers go to stdout, everything else to stderr; a mistake is one line and exit code 2.
@@ -21,7 +22,7 @@ What can be refused is refused before a model is loaded. Numbers go to stdout, e
 
 from __future__ import annotations
 
-from mechicl.cli import adapt, compare, data, heads, kv, patch, report, study_protocol, sweep, train
+from mechicl.cli import adapt, compare, data, heads, kv, patch, report, study_heads, study_protocol, sweep, train
 from mechicl.cli.app import app, evaluation, sets, study, training
 from mechicl.cli.eval import lcl
 from mechicl.cli.eval_tasks import tasks
@@ -39,6 +40,7 @@ app.command()(heads.doctor)
 training.command("vlm")(train.train_vlm)
 training.command("toy")(train.train_toy)
 study.command("huang2026")(study_protocol.huang2026)
+study.command("heads-at-odds")(study_heads.heads_at_odds)
 app.command()(sweep.sweep)
 app.command()(compare.compare)
 app.command()(compare.series)

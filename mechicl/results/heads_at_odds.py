@@ -112,7 +112,7 @@ class HeadsAtOdds:
         settings: Tasks and shots.
         rows, contrasts: What is lost without each set.
         main_dose: The dose that the verdict is about (see `rule`).
-        side: "induction", "function vector", "both", "either", "neither", "nothing to lose" or "no control".
+        side: One of `mechicl.studies.heads_at_odds_verdict.SIDES`: "induction", "function vector", "both", "induction only", "neither", ...
         verdict: One sentence, by rule.
         rule: How heads were chosen and what the verdict rests on, in words.
     """

@@ -25,8 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
-
 from mechicl.errors import OptionError
 from mechicl.results import (
     Ablation,
@@ -48,6 +46,7 @@ from mechicl.results import (
     FunctionVector,
     Head,
     HeadCircuits,
+    HeadsAtOdds,
     HeadScores,
     ICLAccuracy,
     KnockOuts,
@@ -84,6 +83,7 @@ from mechicl.views import (
     factors,
     grids,
     head_parts,
+    heads_at_odds,
     lens,
     lens_pictures,
     link,
@@ -99,6 +99,7 @@ from mechicl.views import (
     trainings,
     written,
 )
+from plotly.offline import get_plotlyjs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -141,6 +142,11 @@ def plot(result: Any, **options: Any) -> go.Figure:
 @plot.register
 def _(result: Score, *, n_key_value_heads: int | None = None, top: int | None = None, dark: bool = False) -> go.Figure:
     return _figure(grids.score_grid(result, n_key_value_heads=n_key_value_heads, top=top), dark)
+
+
+@plot.register
+def _(result: HeadsAtOdds, *, dark: bool = False) -> go.Figure:
+    return _figure(heads_at_odds.odds(result), dark)
 
 
 @plot.register
