@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
 from mechicl.errors import OptionError
 from mechicl.results import (
     Ablation,
@@ -99,7 +100,6 @@ from mechicl.views import (
     trainings,
     written,
 )
-from plotly.offline import get_plotlyjs
 
 if TYPE_CHECKING:
     import pandas as pd
