@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
+
 from mechicl.errors import OptionError
 from mechicl.results import (
     Ablation,
