@@ -10,11 +10,12 @@
     mechicl train vlm --family qwen2_5_vl --out runs/organism
     mechicl adapt demo --strategy 2-way-random --out runs/link
     mechicl eval lcl --data generated --shots 0,2,4,8,16 --out runs/lcl
+    mechicl eval link --model runs/base --adapted runs/link --out runs/circuit
     mechicl data check photos
     mechicl study huang2026 --model demo --out runs/huang2026
+    mechicl study heads-at-odds --model demo --out runs/odds
     mechicl compare demo runs/adapted/model --improve induction --out runs/compared
     mechicl series runs/checkpoints --out runs/series
-    mechicl study heads-at-odds --model demo --out runs/odds
     mechicl sweep spec.toml --out runs/sweep --workers 2
 
 What can be refused is refused before a model is loaded. Numbers go to stdout, everything else to stderr; a mistake is one line and exit code 2.
@@ -27,6 +28,7 @@ from mechicl.cli.app import app, evaluation, sets, study, training
 from mechicl.cli.eval import lcl
 from mechicl.cli.eval_tasks import tasks
 from mechicl.cli.heads import parse_heads
+from mechicl.cli.link import link
 
 __all__ = ["app", "parse_heads"]
 
@@ -39,15 +41,16 @@ app.command()(kv.kv)
 app.command()(heads.doctor)
 training.command("vlm")(train.train_vlm)
 training.command("toy")(train.train_toy)
-study.command("huang2026")(study_protocol.huang2026)
-study.command("heads-at-odds")(study_heads.heads_at_odds)
 app.command()(sweep.sweep)
 app.command()(compare.compare)
 app.command()(compare.series)
 app.command()(adapt.adapt)
 evaluation.command("lcl")(lcl)
+evaluation.command("link")(link)
 evaluation.command("tasks")(tasks)
 sets.command("vl-icl")(data.vl_icl)
 sets.command("isekai")(data.isekai)
 sets.command("memes")(data.memes)
 sets.command("check")(data.check)
+study.command("huang2026")(study_protocol.huang2026)
+study.command("heads-at-odds")(study_heads.heads_at_odds)

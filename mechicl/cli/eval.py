@@ -50,6 +50,7 @@ def lcl(
     seed: Seed = 0,
     corruption: Annotated[bool, typer.Option("--corruption", help="Also: 0 to 100 % of the labels wrong.")] = False,
     position: Annotated[bool, typer.Option("--position", help="Also: only a third of the examples says anything.")] = False,
+    renamed: Annotated[str | None, typer.Option("--renamed", help='Also: known things under other names. swap ("apple" called "orange" and the other way round), outside (names of other things) or novel (made-up words). Does the answer follow the link or the prior?')] = None,
     at: Annotated[int, typer.Option(min=3, help="Examples of each class for --corruption and --position.")] = 6,
     write: Annotated[bool, typer.Option("--write/--likelihood", help="Let the model write its answers, or compare candidates only.")] = True,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; by default the longest name and 16 more.")] = None,
@@ -68,6 +69,8 @@ def lcl(
     one_of("labels", labels, ("auto", "own", "positive", "words"))
     one_of("prompt", prompt, ("auto", "published", "short", "sentences"))
     one_of("rule", rule, ("published", "longest"))
+    if renamed is not None:
+        one_of("renamed", renamed, ("swap", "outside", "novel"))
     counts, folder = parse_shots(shots), check_folder(out)
     bundled = model == "demo"
     found, given = _data(data, protocol, max(*counts, at if corruption or position else 1), held_out, size, seed)
@@ -105,8 +108,11 @@ def lcl(
             results.append(run(loaded, link_questions(found, at, **asked), out=_part(folder, name), **common))
     for result in results:
         _list(result)
+    if renamed is not None:
+        results.append(_renamed(loaded, found, counts, renamed, asked, _part(folder, "renamed"), common))
     if folder is not None:
         line = f"mechicl eval lcl --model {model} --data {data} --protocol {protocol} --shots {shots} --questions {questions} --labels {kind} --size {size} --seed {seed}"
+        line += "" if renamed is None else f" --renamed {renamed}"
         line += "".join(
             f" --{name}" for name, wanted in (("corruption", corruption), ("position", position), ("likelihood", not write)) if wanted
         )
@@ -152,6 +158,29 @@ def _report(report: Any) -> None:
         typer.echo(str(report), err=True)
 
 
+def _renamed(
+    loaded: Any, found: Any, counts: tuple[int, ...], how: Any, asked: dict[str, Any], out: Path | None, common: dict[str, Any]
+) -> Any:
+    """The link against the prior, listed. The classes keep their own names: those that the model may know."""
+    from mechicl.analysis.link.evaluate import link_questions
+    from mechicl.analysis.link.rename import link_or_prior
+
+    own = asked | ({} if asked["protocol"] == "episodes" else {"labels": "own"})
+    result = link_or_prior(loaded, link_questions(found, max(1, *counts), **own), how=how, shots=counts, out=out, **common)
+    typer.echo(
+        f"known things renamed ({how}): n = {result.n} queries; without examples {_cell(result.known)} are called by their known name"
+    )
+    typer.echo(f"{'':<26}{'link':<24}{'prior':<24}log p(link) - log p(prior), nats")
+    for row in result.rows:
+        if row.names == "renamed":
+            typer.echo(
+                f"{f'{row.shots} shots':<26}{_cell(row.link):<24}{_cell(row.prior):<24}{_cell(row.preference)}, p = {row.holm_p:.2g}"
+            )
+    for note in result.notes:
+        typer.echo(note, err=True)
+    return result
+
+
 def _part(folder: Path | None, name: str) -> Path | None:
     return None if folder is None else folder / name
 
@@ -187,18 +216,24 @@ def _write(folder: Path, results: list[Any], command: str) -> None:
     """link.csv with every number, link.html with the figures."""
     import pandas as pd
 
-    from mechicl.views.link import about_link
+    from mechicl.results import LinkPrior
+    from mechicl.views.link import about_link, about_prior
     from mechicl.views.page import PageContent, block, write_page
     from mechicl.views.plots import plot
 
+    priors = [result for result in results if isinstance(result, LinkPrior)]
+    results = [result for result in results if not isinstance(result, LinkPrior)]
     frames = [result.to_frame().assign(axis=result.axis) for result in results]
     write_text(folder / "link.csv", pd.concat(frames, ignore_index=True).to_csv(index=False, lineterminator="\n"))
     blocks = tuple(block(f"link-{k}", "", plot(r), about_link(r), r.to_frame(), raw=r.answers_frame()) for k, r in enumerate(results))
+    blocks += tuple(block(f"prior-{k}", "", plot(r), about_prior(r), r.to_frame()) for k, r in enumerate(priors))
+    for r in priors:
+        write_text(folder / "prior.csv", r.to_frame().to_csv(index=False, lineterminator="\n"))
     first = results[0]
     best = first.rows[-1]
     told = (
         f"With {best.setting} of each class {_cell(best.accuracy or best.likelihood)} of {first.n} queries are called by the right name.",
     )
-    notes = tuple(dict.fromkeys(note for r in results for note in r.notes))
+    notes = tuple(dict.fromkeys(note for r in (*results, *priors) for note in r.notes))
     content = PageContent(f"Link-context learning of {first.provenance.model}", told, blocks, first.provenance, command, notes)
     typer.echo(f"Written to {write_page(folder / 'link.html', content)}.", err=True)

@@ -32,6 +32,7 @@ from mechicl.results import (
     Ablation,
     Attribution,
     Bands,
+    BuildOrSharpen,
     Circuit,
     CircuitCurve,
     CircuitOverlap,
@@ -54,7 +55,9 @@ from mechicl.results import (
     KnockOuts,
     KnockOutTable,
     KVShift,
+    LinkCircuit,
     LinkPrior,
+    LinkPriors,
     LinkScores,
     LogitAttribution,
     LogitLens,
@@ -89,6 +92,7 @@ from mechicl.views import (
     lens,
     lens_pictures,
     link,
+    link_circuit,
     logit_parts,
     margins,
     moves,
@@ -340,8 +344,18 @@ def _(result: LinkPrior, *, dark: bool = False) -> go.Figure:
 
 
 @plot.register
-def _(result: WrittenAnswers, *, dark: bool = False) -> go.Figure:
-    return _figure(written.written_lines(result), dark)
+def _(result: LinkCircuit, *, dark: bool = False) -> go.Figure:
+    return _figure(link_circuit.circuit_rows(result), dark)
+
+
+@plot.register
+def _(result: BuildOrSharpen, *, dark: bool = False) -> go.Figure:
+    return _figure(link_circuit.build_rows(result), dark)
+
+
+@plot.register
+def _(result: LinkPriors, *, dark: bool = False) -> go.Figure:
+    return _figure(link_circuit.priors_lines(result), dark)
 
 
 @plot.register
@@ -362,6 +376,11 @@ def _(result: RankingMatch, *, dark: bool = False) -> go.Figure:
 @plot.register
 def _(result: Tuning, *, dark: bool = False) -> go.Figure:
     return _figure(protocol.tuning_rows(result), dark)
+
+
+@plot.register
+def _(result: WrittenAnswers, *, dark: bool = False) -> go.Figure:
+    return _figure(written.written_lines(result), dark)
 
 
 @plot.register

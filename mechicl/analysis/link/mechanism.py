@@ -57,7 +57,7 @@ class Found:
         """Heads by what they carry, and the rules in words; "link" is all that brings items to labels or joins them, best first."""
         n = self.carried["items"].value.size
         labels, items = (discover(self.carried[twin], "carried", threshold=threshold, limit=n)[0] for twin in ("labels", "items"))
-        most = max(1, n // 2)  # more would leave no heads to compare with
+        most = max(1, n // 2 - 1)  # more would leave too few heads to compare with
         rule = f"at least {threshold:.2g} of the way to the twin with exchanged {{}} through the head alone, corrected p < {ALPHA}"
         return {
             "link": (items[:most], rule.format("items") + ("" if len(items) <= most else f"; the best {most} of {len(items)}")),
