@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import picture
+from conftest import picture, unchecked
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from mechicl.data.vl_icl import INSTRUCTIONS, NAMES, VLICLTask, instruction, load_vl_icl
@@ -352,6 +354,40 @@ def test_support_rows_and_whole_files_are_looked_at_too(folder: Path) -> None:
     assert problems(folder, "textocr") == [("folder", "support.json: there is no such file")]
     with pytest.raises(ImageError, match="there is no such file"):
         load(folder, "textocr", strict=False)
+
+
+FIELDS = (
+    "image",
+    "question",
+    "answer",
+    "operator",
+    "classes",
+    "support",
+    "same",
+    "diff",
+    "images",
+    "id",
+    "dax",
+    "clevr/query/0.png",
+    "open_mi/query/0.png",
+)
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers(-99, 99) | st.floats() | st.sampled_from(FIELDS) | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(FIELDS), inner, max_size=6),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(TASKS), st.lists(anything, min_size=1, max_size=3))
+def test_whatever_a_file_holds_is_a_usable_row_or_a_problem(folder: Path, task: str, content: list[Any]) -> None:
+    with unchecked():
+        for split in ("query", "support"):
+            rewrite(folder, task, content, split)
+        report = check_vl_icl(folder, task)
+    files = 1 if task == "open_mi" else 2
+    assert len(report.queries) + len(report.support) + len([p for p in report.problems if p.kind != "packed"]) == files * len(content)
+    assert str(report)
 
 
 def test_a_query_among_its_own_examples_is_a_leak(folder: Path) -> None:
