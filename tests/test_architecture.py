@@ -28,8 +28,8 @@ OWNERS = {
     "sklearn": {"data/digits.py", "analysis/trainings/trends.py"},
     "ruptures": {"analysis/trainings/change_points.py"},
     "statsmodels": {"analysis/shift/mixed_effects.py", "analysis/statistics.py"},
-    "typer": {f"cli/{name}.py" for name in ("adapt", "app", "compare", "data", "eval", "eval_tasks", "heads", "kv", "link", "options", "patch", "report", "study_heads", "study_protocol", "sweep", "train")},
-    "ray": {"training/sweeps/ray_cluster.py"},
+    "typer": {f"cli/{name}.py" for name in ("adapt", "app", "compare", "data", "eval", "eval_tasks", "heads", "kv", "link", "options", "patch", "report", "study_heads", "study_protocol", "sweep", "train", "workers")},
+    "ray": {"analysis/spread/ray_hands.py", "training/sweeps/ray_cluster.py"},
     "peft": {"models/adapters.py"},
     "accelerate": {"training/adapting/loop.py"},
 }

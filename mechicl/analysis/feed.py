@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -16,6 +17,25 @@ from mechicl.results import Provenance, Skipped
 
 Data = Batch | Sequence[Episode]
 """Rendered prompts, or episodes that the model renders a few at a time (pictures of all episodes at once may not fit)."""
+
+
+class Spreads(ABC):
+    """What stands in for a model whose work is spread over several processes (`mechicl.analysis.spread`): the three things that analyses ask of it."""
+
+    cfg: Any
+
+    @abstractmethod
+    def read(self, data: Data, wanted: Any, *, batch_size: int, progress: bool, names: Sequence[str]) -> list[Any]:
+        """As `mechicl.analysis.heads.reading.read_parts`."""
+
+    @abstractmethod
+    def answer(self, data: Data, *, score: Any, switches: Any, batch_size: int, names: Sequence[str], what: str, progress: bool) -> Any:
+        """As `mechicl.analysis.labels.answer`."""
+
+    @abstractmethod
+    def head_means(self, data: Data, layers: Sequence[int], *, batch_size: int) -> dict[int, Any]:
+        """As `mechicl.analysis.ablation.switches.head_means`."""
+
 
 PACKAGES = ("mechicl", "torch", "transformers", "transformer-lens", "numpy", "scipy", "statsmodels")
 

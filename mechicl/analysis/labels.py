@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mechicl.analysis.ablation.switches import Switches
-from mechicl.analysis.feed import Data, batches, labels_of, progress_bar, take
+from mechicl.analysis.feed import Data, Spreads, batches, labels_of, progress_bar, take
 from mechicl.analysis.guarded import each_batch
 from mechicl.errors import NotFiniteError, OptionError
 from mechicl.prompts.batch import Batch
@@ -248,6 +248,8 @@ def answer(
         One `Answers` per set; the key; for each episode why it cannot be scored ("" where it can).
     """
     switches = switches or Switches.none()
+    if isinstance(model, Spreads):
+        return model.answer(data, score=score, switches=switches, batch_size=batch_size, names=names, what=what, progress=progress)
     n, widest = len(data), max(len(row) for row in (data.candidates if isinstance(data, Batch) else [e.candidates for e in data]))
     share = switches.shareable and score != "first_token" and can_share(model, data)
     size = max(switches.least, batch_size // (1 if share or score == "first_token" else widest), 1)

@@ -27,6 +27,7 @@ from mechicl.cli.options import (
     load_model,
     write_text,
 )
+from mechicl.cli.workers import Kept, RayAddress, Workers, model_or_crew
 from mechicl.errors import OptionError
 
 
@@ -46,6 +47,9 @@ def heads(
     revision: Revision = None,
     trust_remote_code: Trust = False,
     batch_size: BatchSize = 8,
+    workers: Workers = 0,
+    ray_address: RayAddress = None,
+    kept: Kept = None,
     quiet: Quiet = False,
 ) -> None:
     """Score every head, each score with its null, and list the best."""
@@ -54,10 +58,10 @@ def heads(
     target = check_writable(out) if out is not None else None
     prompts = asked(task, data, episodes, classes, shots, size, seed)
     few = prompts.draw()
-    loaded = load_model(model, device, dtype, revision, trust_remote_code, quiet)
-    from mechicl.analysis.heads.scoring import score_heads
+    with model_or_crew(model, device, dtype, revision, trust_remote_code, quiet, workers=workers, address=ray_address, kept=kept) as loaded:
+        from mechicl.analysis.heads.scoring import score_heads
 
-    scores = score_heads(loaded, few, seed=seed, batch_size=batch_size, task=prompts.name, progress=not quiet)
+        scores = score_heads(loaded, few, seed=seed, batch_size=batch_size, task=prompts.name, progress=not quiet)
     typer.echo("score                   head     value  95 % interval     null   p (Holm)")
     for name, score in scores.scores.items():
         for layer, head in score.top(top):
@@ -92,6 +96,9 @@ def ablate(
     revision: Revision = None,
     trust_remote_code: Trust = False,
     batch_size: BatchSize = 8,
+    workers: Workers = 0,
+    ray_address: RayAddress = None,
+    kept: Kept = None,
     quiet: Quiet = False,
 ) -> None:
     """Switch heads off, beside as many random heads, and see what happens to the answers."""
@@ -107,17 +114,17 @@ def ablate(
         _check_score(by)
     prompts = asked(task, data, episodes, classes, shots, size, seed)
     few = prompts.draw(times=2 if top else 1)
-    loaded = load_model(model, device, dtype, revision, trust_remote_code, quiet)
-    from mechicl.analysis.ablation.ablate import ablate as switch_off
-    from mechicl.analysis.heads.scoring import score_heads
-    from mechicl.views.story import against_random, percent, points
-    from mechicl.views.tables import ablation_frame
+    with model_or_crew(model, device, dtype, revision, trust_remote_code, quiet, workers=workers, address=ray_address, kept=kept) as loaded:
+        from mechicl.analysis.ablation.ablate import ablate as switch_off
+        from mechicl.analysis.heads.scoring import score_heads
+        from mechicl.views.story import against_random, percent, points
+        from mechicl.views.tables import ablation_frame
 
-    common: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "task": prompts.name, "progress": not quiet}
-    if top is not None:
-        scores = score_heads(loaded, few[::2], scores=(by,), **common)
-        wanted, few = tuple(scores.top(by, top)), few[1::2]
-    result = switch_off(loaded, few, wanted, how=how, **common)
+        common: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "task": prompts.name, "progress": not quiet}
+        if top is not None:
+            scores = score_heads(loaded, few[::2], scores=(by,), **common)
+            wanted, few = tuple(scores.top(by, top)), few[1::2]
+        result = switch_off(loaded, few, wanted, how=how, **common)
     typer.echo(f"intact               {percent(result.intact.accuracy)}, chance {100 * result.intact.chance:.0f} %, n = {result.n}")
     typer.echo(
         f"off: {' '.join(f'{a}.{b}' for a, b in wanted):<15} {percent(result.chosen.accuracy)}, {points(result.chosen.change)}, McNemar p = {result.chosen.mcnemar_p:.2g}"

@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from mechicl.analysis.feed import Data, batches
+from mechicl.analysis.feed import Data, Spreads
+from mechicl.analysis.guarded import each_batch
 from mechicl.errors import OptionError, UnsupportedModelError
 from mechicl.prompts.batch import Batch
 from mechicl.results import Head
@@ -134,20 +135,33 @@ def check_how(how: str, n: int) -> None:
         raise OptionError(f"data must hold at least two episodes to resample from one another; got {n}. Draw more, or use mean.")
 
 
-@torch.no_grad()
 def head_means(model: Any, data: Data, layers: Sequence[int], *, batch_size: int = 8) -> dict[int, Tensor]:
     """Each head's mean output over all real positions and episodes, layer -> [head, d_head], float32."""
-    sums: dict[int, Tensor] = {}
-    count = 0
-    for batch in batches(model, data, batch_size):
-        real = _real(batch)
+    if isinstance(model, Spreads):
+        return model.head_means(data, layers, batch_size=batch_size)
+    sums, count = head_sums(model, data, layers, batch_size=batch_size)
+    return {layer: total / count for layer, total in sums.items()}
 
-        def add(z: Tensor, *, hook: Any, real: Tensor = real) -> None:
+
+@torch.no_grad()
+def head_sums(model: Any, data: Data, layers: Sequence[int], *, batch_size: int = 8) -> tuple[dict[int, Tensor], int]:
+    """Each head's output summed over all real positions and episodes, layer -> [head, d_head], float32, and how many positions that were."""
+    sums: dict[int, Tensor] = {}
+
+    def work(batch: Batch, rows: range) -> tuple[dict[int, Tensor], int]:
+        real, some = _real(batch), dict[int, Tensor]()
+
+        def add(z: Tensor, *, hook: Any) -> None:
             layer = int(hook.name.split(".")[1])
-            some = torch.where(real.to(z.device)[:, :, None, None], z.float(), 0.0).sum((0, 1))
-            sums[layer] = sums[layer] + some if layer in sums else some
+            some[layer] = torch.where(real.to(z.device)[:, :, None, None], z.float(), 0.0).sum((0, 1))
 
         with model.hooks(fwd_hooks=[(z_name(layer), add) for layer in layers]):
             model(batch)
-        count += int(real.sum())
-    return {layer: total / count for layer, total in sums.items()}
+        return some, int(real.sum())
+
+    count = 0
+    for some, n in each_batch(model, data, batch_size, work):
+        count += n
+        for layer, total in some.items():
+            sums[layer] = sums[layer] + total if layer in sums else total
+    return sums, count

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechicl.analysis.feed import Data, progress_bar
+from mechicl.analysis.feed import Data, Spreads, progress_bar
 from mechicl.analysis.guarded import each_batch
 from mechicl.analysis.heads.measures import back, elsewhere, group_mass, sink
 from mechicl.analysis.layout import Layout, closing_group, count_shots, image_group, layout, text_group
@@ -78,17 +78,50 @@ def read(model: Any, data: Data, wanted: Wanted, *, batch_size: int, progress: b
         UnsupportedModelError: no layer has a pattern.
     """
     n_shots = count_shots(data) if isinstance(data, Batch) else max(len(episode.shots) for episode in data)
-    n_offsets = 0
+    if isinstance(model, Spreads):
+        parts = model.read(data, wanted, batch_size=batch_size, progress=progress, names=names)
+    else:
+        parts = read_parts(model, data, wanted, batch_size=batch_size, names=names, n_shots=n_shots, progress=progress)
+    return _joined(parts)
+
+
+def read_parts(
+    model: Any,
+    data: Data,
+    wanted: Wanted,
+    *,
+    batch_size: int,
+    names: Sequence[str],
+    n_shots: int,
+    n_offsets: int = 0,
+    progress: bool = False,
+) -> list[tuple[dict[str, np.ndarray], Layout]]:
+    """`read`, batch by batch: masses, and what stands where. `n_offsets`: how many tokens back; 0: as the first batch has room for."""
 
     def work(batch: Batch, rows: range) -> tuple[dict[str, np.ndarray], Layout]:
         nonlocal n_offsets
         where = layout(batch, n_shots)
-        n_offsets = n_offsets or max(wanted.k_back + 2, min(MOST_OFFSETS, int(where.real.sum(1).min()) // 2))
+        n_offsets = n_offsets or _offsets(where, wanted)
         return _read_batch(model, batch, where, wanted, n_offsets, list(names[rows.start : rows.stop])), where
 
     bar = progress_bar(None, total=len(data), what="reading attention", show=progress)
-    parts, layouts = zip(*each_batch(model, data, batch_size, work, done=bar.update), strict=True)
+    parts = list(each_batch(model, data, batch_size, work, done=bar.update))
     bar.close()
+    return parts
+
+
+def offsets_of(batch: Batch, wanted: Wanted, n_shots: int) -> int:
+    """How many tokens back attention is read, where this is the first batch."""
+    return _offsets(layout(batch, n_shots), wanted)
+
+
+def _offsets(where: Layout, wanted: Wanted) -> int:
+    return max(wanted.k_back + 2, min(MOST_OFFSETS, int(where.real.sum(1).min()) // 2))
+
+
+def _joined(found: Sequence[tuple[dict[str, np.ndarray], Layout]]) -> Reading:
+    """Batches one after the other."""
+    parts, layouts = [part for part, _ in found], [where for _, where in found]
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name != "label_density"}
     pairs = np.stack([part["label_density"] for part in parts])
     with np.errstate(invalid="ignore"):
