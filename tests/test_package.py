@@ -28,6 +28,22 @@ NEEDED = (
     "mechicl/views/templates/style.css",
     "mechicl/views/templates/script.js",
 )
+HEAVY = {
+    "torch",
+    "numpy",
+    "pandas",
+    "scipy",
+    "PIL",
+    "transformers",
+    "plotly",
+    "transformer_lens",
+    "nnsight",
+    "ray",
+    "peft",
+    "jinja2",
+    "jaxtyping",
+}
+"""What `mechicl --help` has no time for."""
 REMOVED = {
     "aifc", "asynchat", "asyncore", "audioop", "cgi", "cgitb", "chunk", "crypt", "distutils", "imghdr", "imp", "lib2to3", "mailcap", "msilib", "nis",
     "nntplib", "ossaudiodev", "pipes", "smtpd", "sndhdr", "spwd", "sunau", "telnetlib", "uu", "xdrlib",
@@ -97,6 +113,25 @@ def test_every_extra_installs_pinned_packages() -> None:
     wanted = [*PROJECT["dependencies"], *(name for extra in PROJECT["optional-dependencies"].values() for name in extra)]
     names = {re.split(r"[\[<>=,; ]", one)[0].lower() for one in wanted} - {"mechicl"}
     assert names <= pinned
+
+
+def test_the_help_of_every_command_loads_nothing_heavy_and_explains_every_option() -> None:
+    code = (
+        "import sys, typer\nfrom typer.testing import CliRunner\nfrom mechicl.cli import app\n"
+        "def walk(command, path):\n"
+        "    result = CliRunner().invoke(app, [*path, '--help'])\n"
+        "    assert result.exit_code == 0, (path, result.output)\n"
+        "    assert (command.help or '').strip(), path\n"
+        "    for one in command.params:\n"
+        "        assert (getattr(one, 'help', '') or '').strip(), (path, one.name)\n"
+        "    for name, inner in getattr(command, 'commands', {}).items():\n"
+        "        walk(inner, [*path, name])\n"
+        "walk(typer.main.get_command(app), [])\n"
+        f"print(sorted({HEAVY!r} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "[]"
 
 
 @pytest.mark.slow

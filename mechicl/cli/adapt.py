@@ -41,7 +41,7 @@ def adapt(
     probe: Annotated[int, typer.Option(min=0, help="Held-out episodes to measure on; 0: do not measure.", rich_help_panel=LOOK)] = 32,
     probe_shots: Annotated[int, typer.Option(min=1, help="Pictures of each class in them.", rich_help_panel=LOOK)] = 4,
     measure: Annotated[int, typer.Option(min=2, help="How often, start and end included.", rich_help_panel=LOOK)] = 8,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Decides weights, data and everything drawn.")] = 0,
     device: Device = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; 1 gives the same bits every time.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,

@@ -15,7 +15,7 @@ def train_vlm(
     out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder.")],
     family: Annotated[str, typer.Option(help="qwen2_5_vl, qwen3_vl, llava, internvl, gemma3, smolvlm, ...")] = "qwen2_5_vl",
     preset: Annotated[str, typer.Option(help="demo, or micro for a quick try.")] = "demo",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Decides weights, data and everything drawn.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -36,7 +36,7 @@ def train_toy(
         list[str] | None, typer.Option("--set", help="A setting, e.g. K=1024, positions=alibi, lr=3e-4; may be repeated.")
     ] = None,
     stop: Annotated[str | None, typer.Option(help='Stop early, e.g. "accuracy_ic>=0.95".')] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Decides weights, data and everything drawn.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads; 1 gives the same bits every time.")] = 1,
     device: Device = None,
