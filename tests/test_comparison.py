@@ -25,7 +25,7 @@ from mechicl.training.organisms import build
 
 EPISODES = toy_episodes(24, classes=4, shots=2)
 TEXT = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 3, "head_dim": 8}
-QUIET: dict[str, Any] = {"progress": False, "n_null": 20, "accuracy": False}
+QUIET: Any = {"progress": False, "n_null": 20, "accuracy": False}
 
 
 def permute_heads(hf: Any, seed: int) -> list[list[int]]:
