@@ -9,6 +9,7 @@ from pathlib import Path
 
 import answers
 import changes
+import links
 import nbformat
 import odds
 from claims_one_modality import DECODER_SCALE, ICL_AGAINST_WEIGHTS, ROPE
@@ -24,10 +25,15 @@ NOTEBOOKS = {
     "08_how_does_the_answer_get_to_the_query": answers.VLM,
     "09_the_same_calls_on_a_trained_toy": answers.TOY,
     "10_what_does_an_example_change": changes.CHANGE,
+    "11_built_or_sharpened": links.LINK,
     "12_induction_or_function_vector_heads": odds.ODDS,
     "13_is_it_the_same_in_nnsight": odds.NNSIGHT,
 }
-SETUPS = {"12_induction_or_function_vector_heads": odds.ODDS_SETUP, "13_is_it_the_same_in_nnsight": odds.NNSIGHT_SETUP}
+SETUPS = {
+    "11_built_or_sharpened": links.SETUP,
+    "12_induction_or_function_vector_heads": odds.ODDS_SETUP,
+    "13_is_it_the_same_in_nnsight": odds.NNSIGHT_SETUP,
+}
 """Of notebooks that begin in their own way."""
 SETUP = """>>>
 import os
@@ -54,7 +60,9 @@ def books() -> dict[str, nbformat.NotebookNode]:
     """Every notebook by its name."""
     out = {}
     for name, texts in NOTEBOOKS.items():
-        setup = answers.SETUP if texts in (answers.VLM, answers.TOY) else changes.SETUP if texts is changes.CHANGE else SETUPS.get(name, SETUP)
+        setup = (
+            answers.SETUP if texts in (answers.VLM, answers.TOY) else changes.SETUP if texts is changes.CHANGE else SETUPS.get(name, SETUP)
+        )
         texts = [text.replace("NAME", name) for text in (texts[0], setup, *texts[1:])]
         book = nbformat.v4.new_notebook(
             cells=[cell(text, i) for i, text in enumerate(texts)],
