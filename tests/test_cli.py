@@ -61,6 +61,7 @@ def test_the_version_is_the_packages() -> None:
         (["report"], "--out"),
         (["report", "--out", "x.html", "--task", "cats"], "'cats' is not one of"),
         (["report", "--out", "x.html", "--how", "gently"], "'gently' is not one of"),
+        (["adapt", "demo", "--out", "x", "--strategy", "3-way"], "strategy must be one of 2-way"),
         (["heads", "--classes", "1"], "--classes"),
         (["heads", "--task", "digits", "--classes", "11"], "classes must be at most 10"),
         (["heads", "--out", "/nowhere/x.csv"], "out must lie in an existing folder"),

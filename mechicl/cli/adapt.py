@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mechicl.cli.options import Device, Quiet, check_folder
+from mechicl.cli.options import Device, Quiet, check_folder, one_of
 from mechicl.errors import OptionError
 
 DATA, TRAIN, LOOK = "Episodes", "Training", "Measures"
@@ -53,10 +53,12 @@ def adapt(
         raise OptionError(f"negatives must be hard or random; got {negatives!r}. random is the control.")
     if general not in (None, "concepts", "digits"):
         raise OptionError(f"general must be concepts or digits; got {general!r}. Leave it out for link-context episodes alone.")
+    from mechicl.data.link_context import PUBLISHED, SHORT, STRATEGIES, link_episodes
+
+    one_of("strategy", strategy, STRATEGIES)  # before a model is loaded and its neighbours are looked for
     if strategy == "mix" and general is None:
         general = "concepts"
     train, other = pools(pool, held_out, groups, size, seed)
-    from mechicl.data.link_context import PUBLISHED, SHORT, link_episodes
     from mechicl.training.adapting.adapt import adapt as run
 
     words = SHORT if plain else PUBLISHED
