@@ -11,7 +11,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -42,18 +41,14 @@ def reference() -> dict[str, str]:
     return load("reference").pages()
 
 
-def addresses(nav: Any) -> Iterator[str]:
-    if isinstance(nav, str):
-        yield nav
-    else:
-        for part in nav.values() if isinstance(nav, dict) else nav:
-            yield from addresses(part)
-
-
 def test_every_page_is_in_the_navigation_once() -> None:
-    listed = list(addresses(CONFIG["nav"]))
+    config = pytest.importorskip("mkdocs.config.defaults", reason="the extra docs is not installed").MkDocsConfig()
+    hook = load("reference")
+    config.nav, config.watch = CONFIG["nav"][:-1], []  # a page that nobody has entered yet
+    listed = [page for page in hook.addresses(hook.on_config(config).nav) if not page.startswith("reference/")]
     assert len(listed) == len(set(listed))
     assert set(listed) == {page.name for page in DOCS.glob("*.md")}
+    assert "changelog.md" in listed
 
 
 def test_the_site_asks_nobody_for_anything() -> None:

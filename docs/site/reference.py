@@ -9,20 +9,23 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
-PACKAGE = ROOT / "mechicl"
+PACKAGE, DOCS = ROOT / "mechicl", ROOT / "docs"
 FLOORS = ("studies", "views", "analysis", "training", "models", "prompts", "data", "results", "cli")
 """Rooms in the order of the reference; single modules (errors, axes) come last."""
 
 
 def public_modules(room: Path) -> list[str]:
     """Dotted names of a room's modules that define something public, in alphabetical order. Rooms inside it are not looked into."""
-    return [name(path) for path in sorted(room.glob("*.py")) if path.stem != "__init__" and not path.stem.startswith("_") and _defines(path)]
+    return [
+        name(path) for path in sorted(room.glob("*.py")) if path.stem != "__init__" and not path.stem.startswith("_") and _defines(path)
+    ]
 
 
 def rooms() -> Iterator[Path]:
@@ -41,9 +44,13 @@ def pages() -> dict[str, str]:
         modules = public_modules(room)
         if modules:
             about = ast.get_docstring(ast.parse((room / "__init__.py").read_text(encoding="utf-8"))) or ""
-            body = "\n\n".join(f"## {module.removeprefix('mechicl.')}\n\n::: {module}\n    options:\n      show_root_heading: false" for module in modules)
+            body = "\n\n".join(
+                f"## {module.removeprefix('mechicl.')}\n\n::: {module}\n    options:\n      show_root_heading: false" for module in modules
+            )
             found[f"reference/{name(room).removeprefix('mechicl.').replace('.', '/')}.md"] = f"# {name(room)}\n\n{_text(about)}\n\n{body}\n"
-    single = "\n\n".join(f"## {path.stem}\n\n::: {name(path)}\n    options:\n      show_root_heading: false" for path in sorted(PACKAGE.glob("[a-z]*.py")))
+    single = "\n\n".join(
+        f"## {path.stem}\n\n::: {name(path)}\n    options:\n      show_root_heading: false" for path in sorted(PACKAGE.glob("[a-z]*.py"))
+    )
     found["reference/single.md"] = f"# mechicl.errors, mechicl.axes\n\n{single}\n"
     return found
 
@@ -53,13 +60,28 @@ def name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
+def addresses(nav: Any) -> Iterator[str]:
+    """Every page that a navigation names."""
+    if isinstance(nav, str):
+        yield nav
+    else:
+        for part in nav.values() if isinstance(nav, dict) else nav:
+            yield from addresses(part)
+
+
 def _names() -> str:
     """The names of `import mechicl` with what each is for, by the room that they come from."""
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
-    homes = next(ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_HOMES")
+    homes = next(
+        ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_HOMES"
+    )
     text = "# import mechicl\n\nThe names that `import mechicl` gives; each loads what it needs when it is first used.\n"
     for room in sorted({home.rpartition(".")[0] for home in homes.values()}):
-        lines = [f"| [`{title}`][{home}.{title}] | {summary(home, title)} |" for title, home in sorted(homes.items()) if home.rpartition(".")[0] == room]
+        lines = [
+            f"| [`{title}`][{home}.{title}] | {summary(home, title)} |"
+            for title, home in sorted(homes.items())
+            if home.rpartition(".")[0] == room
+        ]
         text += f"\n## {room}\n\n| name | |\n| --- | --- |\n" + "\n".join(lines) + "\n"
     return text
 
@@ -86,9 +108,10 @@ def _text(docstring: str) -> str:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """The reference at the end of the navigation, rooms inside their floor."""
+    """Pages that the navigation does not name, and the reference at its end."""
     assert config.nav is not None
-    config.nav.append({"Reference": [*pages()]})
+    left = sorted({page.name for page in DOCS.glob("*.md")} - set(addresses(config.nav)))
+    config.nav = [*config.nav, *([{"More": left}] if left else []), {"Reference": [*pages()]}]
     config.watch.append(str(PACKAGE))
     return config
 
