@@ -195,7 +195,7 @@ def test_sets_are_written_and_checked_from_the_command_line(tmp_path: Path) -> N
         (["heads", "--task", "open_mi"], "data must be given with the tasks that read it"),
         (["heads", "--data", "."], "data must be given with the tasks that read it"),
         (["heads", "--task", "open_mi", "--data", "/nowhere"], "there is no '/nowhere'"),
-        (["kv", "--task", "textocr", "--data", "."], "got textocr"),
+        (["heads", "--task", "textocr", "--data", "."], "got textocr"),
         (["kv", "--task", "clevr", "--data", ".", "--classes", "3"], "classes must be left out for clevr"),
         (["eval", "tasks", "--task", "open"], "task must be one of"),
         (["eval", "tasks", "--data", "/nowhere"], "data must be a folder or 'generated'"),

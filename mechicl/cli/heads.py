@@ -112,7 +112,7 @@ def ablate(
     target = check_writable(out) if out is not None else None
     if top is not None:
         _check_score(by)
-    prompts = asked(task, data, episodes, classes, shots, size, seed)
+    prompts = asked(task, data, episodes, classes, shots, size, seed, by_label=top is not None)
     few = prompts.draw(times=2 if top else 1)
     with model_or_crew(model, device, dtype, revision, trust_remote_code, quiet, workers=workers, address=ray_address, kept=kept) as loaded:
         from mechicl.analysis.ablation.ablate import ablate as switch_off

@@ -61,7 +61,7 @@ def kv(
     """Compare keys and values of the query with and without the examples: how far they move, by what, and what that says about the answers."""
     named = _check(control, filler, spans, semantics, format)
     folder = check_folder(out)
-    prompts = asked(task, data, episodes, classes, shots, size, seed)
+    prompts = asked(task, data, episodes, classes, shots, size, seed, by_label=margin)
     few = prompts.draw()
     loaded = load_model(model, device, dtype, revision, trust_remote_code, quiet)
     from mechicl.analysis.shift.story import KVPlan, examples_story, kv_cost

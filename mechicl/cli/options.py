@@ -120,8 +120,10 @@ class Asked:
         return found.episodes(n, shots=self.shots, classes=self.classes or 2, shown=shown, seed=self.seed)
 
 
-def asked(task: str, data: str | None, n: int, classes: int | None, shots: int, size: int | None, seed: int) -> Asked:
-    """What a command's options ask for, with defaults that suit the task; nothing is read yet.
+def asked(
+    task: str, data: str | None, n: int, classes: int | None, shots: int, size: int | None, seed: int, *, by_label: bool = True
+) -> Asked:
+    """What a command's options ask for, with defaults that suit the task; nothing is read yet. `by_label`: it tells examples with the right label from others.
 
     Raises:
         OptionError: data without a task that reads it, such a task without data, or a task whose answers no head score can use.
@@ -130,7 +132,7 @@ def asked(task: str, data: str | None, n: int, classes: int | None, shots: int, 
         raise OptionError(f"data must be given with the tasks that read it, and with no other; got task {task} {'with' if data else 'without'} --data. E.g. --task own --data photos.")  # fmt: skip
     if data is not None and not Path(data).expanduser().exists():
         raise OptionError(f"data must be a folder or a file; there is no {data!r}. Check the path.")
-    if task == "textocr":
+    if task == "textocr" and by_label:
         raise OptionError(
             "task must be one whose answers occur among its examples; got textocr, where none does. Its written answers: mechicl eval tasks."
         )
