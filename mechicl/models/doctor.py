@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mechicl.models.check import check_inputs_for, compare, tolerance
+from mechicl.models.guards import disagreement, first_overflow, watched
 from mechicl.models.probe import picture_probe
 from mechicl.models.vlm import HookedVLM
 
@@ -36,7 +37,6 @@ def diagnose(model: HookedVLM) -> list[Check]:
     limit = tolerance(model.hf.dtype)
     found = compare(model, inputs)
     plain = _last(model, inputs)
-    spread = float(plain.std()) or 1.0
     untouched = model(inputs, positions="all")[:, -1].float()
     checks = [
         Check("no hook: logits equal the plain model's bit by bit", bool(torch.equal(untouched, plain)), float((untouched - plain).abs().max()), 0.0, "logits", "Report it: with nothing attached nothing may change."),
@@ -45,7 +45,7 @@ def diagnose(model: HookedVLM) -> list[Check]:
         Check("no attention on masked positions", found["masked"] == 0, found["masked"], 0.0, "probability", "The mask is not the model's: do not trust patterns."),
         Check("attention rows sum to one", found["rows"] <= 1e-3, found["rows"], 1e-3, "probability", "Scores overflow or a term is missing: use float32."),
         Check("one attention call per layer", found["calls"] == found["layers"], found["calls"], found["layers"], "calls", "Some layer runs attention twice or not at all."),
-        _implementations(model, inputs, plain, spread, limit),
+        _implementations(model, inputs),
         _overflow(model, inputs),
     ]  # fmt: skip
     if model.processor is not None:
@@ -57,40 +57,26 @@ def _last(model: HookedVLM, inputs: dict[str, Any]) -> Tensor:
     return model.hf(**inputs, use_cache=False).logits[:, -1].float()
 
 
-def _implementations(model: HookedVLM, inputs: dict[str, Any], plain: Tensor, spread: float, limit: float) -> Check:
-    """The model's own implementation against the other one (eager, or sdpa)."""
-    configs = list(model.anatomy.configs)
-    before = [c._attn_implementation for c in configs]
-    other = "eager" if before[0] != "eager" else "sdpa"
-    name = f"{before[0]} and {other} attention agree"
-    try:
-        for config in configs:
-            config._attn_implementation_internal = other
-        value = float((_last(model, inputs) - plain).abs().max()) / spread
-    except (ValueError, KeyError, RuntimeError) as error:
-        return Check(name, True, float("nan"), limit, "logit spread", f"Not compared: {str(error).splitlines()[0]}")
-    finally:
-        for config, implementation in zip(configs, before, strict=True):
-            config._attn_implementation_internal = implementation
-    return Check(
-        name, value <= limit, value, limit, "logit spread", "Load in float32, or with attn_implementation='eager', and see which one moves."
-    )
+def _implementations(model: HookedVLM, inputs: dict[str, Any]) -> Check:
+    """The model's own implementation against the other one (eager, or sdpa), and against what rounding does to this model."""
+    found = disagreement(model, inputs)
+    name = f"{found.names[0]} and {found.names[1]} attention agree as rounding allows"
+    if found.reason:
+        return Check(name, True, float("nan"), found.limit, "logit spread", f"Not compared: {found.reason}")
+    advice = "Load in float32, or with attn_implementation='eager', and see which one moves."
+    return Check(name, found.ok, found.value, found.limit, "logit spread", advice)
 
 
 def _overflow(model: HookedVLM, inputs: dict[str, Any]) -> Check:
-    """Largest value of the residual stream and the scores, as a share of the dtype's maximum."""
-    largest = {"value": 0.0}
-
-    def look(x: Tensor, hook: Any) -> None:
-        largest["value"] = max(largest["value"], float(torch.nan_to_num(x.float().abs(), nan=float("inf")).max()))
-
-    def stream(name: str) -> bool:
-        return name.endswith(("hook_resid_post", "hook_z")) and name.startswith("blocks")
-
-    model.run_with_hooks(inputs, fwd_hooks=[(stream, look)])
-    share = largest["value"] / torch.finfo(model.hf.dtype).max
-    return Check(f"no overflow in {str(model.hf.dtype).removeprefix('torch.')}", share < 0.1, share, 0.1, "share of the dtype's maximum",
-                 "Load in bfloat16 or float32: activations come near the largest number of this dtype.")  # fmt: skip
+    """Largest output of a decoder layer, as a share of the dtype's maximum; where one is not finite, the module in which that begins."""
+    with watched(model) as watch:
+        model.hf(**inputs, use_cache=False)
+    dtype = watch.dtype
+    share = max(watch.values().values()) / torch.finfo(dtype).max
+    begins = first_overflow(model, inputs) if watch.first() else ""
+    where = f" It begins in {begins}." if begins else ""
+    return Check(f"no overflow in {str(dtype).removeprefix('torch.')}", share < 0.1, share, 0.1, "share of the dtype's maximum",
+                 f"Load in bfloat16 or float32: activations come near the largest number of this dtype.{where}")  # fmt: skip
 
 
 def _padding(model: HookedVLM, limit: float) -> Check:

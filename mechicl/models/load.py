@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.resources
+import importlib.util
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -15,6 +16,7 @@ from mechicl.models.families import TESTED, family_of
 from mechicl.models.text import HookedLM, is_language_model, load_text
 from mechicl.models.vlm import HookedVLM
 
+Quantize = Literal["8bit", "4bit"]
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -84,6 +86,41 @@ def check_folder(folder: Path) -> None:
         raise CheckpointError(f"model folder must contain *.safetensors; {folder} has {found}. Save with safe_serialization=True.")
 
 
+def check_placing(device_map: Any, max_memory: Any, offload_folder: Any, quantize: str | None, device: str | None) -> dict[str, Any]:
+    """What from_pretrained takes to lay a big model out over devices, or to pack it.
+
+    Raises:
+        OptionError: options that need another one, or a package that is not installed.
+    """
+    if device_map is None and (max_memory is not None or offload_folder is not None):
+        raise OptionError('max_memory and offload_folder must come with device_map; got none. Add device_map="auto".')
+    if device_map is not None and importlib.util.find_spec("accelerate") is None:
+        raise OptionError("device_map must be left out where accelerate is not installed. Run pip install 'mechicl[big]'.")
+    found: dict[str, Any] = {}
+    if max_memory is not None:
+        found["max_memory"] = max_memory
+    if offload_folder is not None:
+        found["offload_folder"] = str(offload_folder)
+    if quantize is None:
+        return found
+    if quantize not in get_args(Quantize):
+        raise OptionError(
+            f"quantize must be one of {', '.join(get_args(Quantize))}; got {quantize!r}. Leave it out for the weights as saved."
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise OptionError(
+            f"quantize must be left out where bitsandbytes is not installed; got {quantize!r}. Run pip install 'mechicl[big]'."
+        )
+    from transformers import BitsAndBytesConfig
+
+    spared = ["visual", "vision_tower", "vision_model", "multi_modal_projector", "lm_head"]
+    how: dict[str, Any] = {"load_in_8bit": True} if quantize == "8bit" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    found["quantization_config"] = BitsAndBytesConfig(**how, llm_int8_skip_modules=spared)
+    if device_map is None:
+        found["device_map"] = {"": device or "cpu"}
+    return found
+
+
 def load(
     name: str | Path,
     *,
@@ -91,6 +128,9 @@ def load(
     dtype: str | torch.dtype = "auto",
     revision: str | None = None,
     device_map: str | dict[str, Any] | None = None,
+    max_memory: dict[Any, str | int] | None = None,
+    offload_folder: str | Path | None = None,
+    quantize: Quantize | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     check: bool = True,
@@ -103,7 +143,10 @@ def load(
         device: "cpu", "cuda", ...; default the CPU, or where `device_map` puts it.
         dtype: "auto" (as saved), "float32", "bfloat16", "float16".
         revision: Branch, tag or commit of a hub model.
-        device_map: Passed to transformers, e.g. "auto" for several GPUs or offload.
+        device_map: Passed to transformers, e.g. "auto" for several GPUs or offload (needs accelerate).
+        max_memory: With device_map: how much each device may take, e.g. {0: "20GiB", "cpu": "60GiB"}; what is left over goes to the disk.
+        offload_folder: With device_map: where layers on the disk are kept.
+        quantize: "8bit" or "4bit": the decoder's linear maps in integers (needs bitsandbytes); pictures' tower and unembedding stay as they are.
         attn_implementation: The model's own attention while nothing is hooked, e.g. "sdpa" or "flash_attention_2".
         trust_remote_code: Run code from the checkpoint. Off unless you say so.
         check: The load-time check; see HookedVLM.
@@ -117,10 +160,15 @@ def load(
         raise OptionError(f"device and device_map must not both be given; got {device!r} and {device_map!r}. Choose one.")
     target = check_device(device) if device is not None else None
     torch_dtype = check_dtype(dtype)
+    big = check_placing(device_map, max_memory, offload_folder, quantize, device)
     path = demo_folder() if str(name) == "demo" else Path(name).expanduser()
     if is_adapter(path):
+        if quantize is not None:
+            raise OptionError(
+                f"quantize must be left out for adapters, which are added into the weights; got {quantize!r}. Merge and save them first."
+            )
         base = load(
-            base_of(path), device=device, dtype=dtype, device_map=device_map, attn_implementation=attn_implementation,
+            base_of(path), device=device, dtype=dtype, device_map=device_map, max_memory=max_memory, offload_folder=offload_folder, attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code, revision=revision, check=False,
         )  # fmt: skip
         merged = read_adapters(base.hf, path)
@@ -144,6 +192,7 @@ def load(
         ) from error
     family_of(config)
     extra: dict[str, Any] = {k: v for k, v in (("device_map", device_map), ("attn_implementation", attn_implementation)) if v is not None}
+    extra |= big
     if is_language_model(config):
         return load_text(source, dtype=torch_dtype, target=target, check=check, name=str(name), common=common, extra=extra,
                          revision=str(revision or getattr(config, "_commit_hash", None) or ""))  # fmt: skip
@@ -159,7 +208,7 @@ def load(
         raise CheckpointError(
             f"model {source!r} must load through transformers; it said: {str(error).splitlines()[0]} Check the files."
         ) from error
-    if target is not None:
+    if target is not None and quantize is None:
         hf = hf.to(target)
     label = "demo" if str(name) == "demo" else str(name)
     return HookedVLM(hf, processor, check=check, name=label, revision=str(revision or getattr(config, "_commit_hash", None) or ""))

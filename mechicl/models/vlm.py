@@ -17,7 +17,7 @@ from mechicl.errors import MissingInputError, OptionError, UnsupportedModelError
 from mechicl.models.anatomy import Anatomy, inspect
 from mechicl.models.check import check_parity
 from mechicl.models.families import check_inputs, family_of, image_positions
-from mechicl.models.guards import dtype_of
+from mechicl.models.guards import check_numbers, dtype_of
 from mechicl.models.hooked import Hooked, HookedConfig, HookPoint, RowReducer
 from mechicl.models.norms import Norm, eps_of
 from mechicl.models.prefix import can_continue, continue_prompts
@@ -57,7 +57,8 @@ class HookedVLM(Weights, Hooked):
     Args:
         hf: The model.
         processor: Its processor.
-        check: Run the load-time check: hooked against plain logits, mass on masked positions, one call per layer.
+        check: Run the load-time check: hooked against plain logits, mass on masked positions, one call per layer; in half precision also overflow and
+            whether attention implementations agree (a PrecisionWarning where they do not).
         name: What to call it in results; default its name_or_path.
         probe: A processor's mapping to look at the model with, for one without a processor whose forward asks for a picture; default a short text.
 
@@ -93,6 +94,7 @@ class HookedVLM(Weights, Hooked):
         self.cfg = self._config(name)
         self._grow()
         if check:
+            check_numbers(self, inputs)
             check_parity(self)
 
     @property
