@@ -42,6 +42,7 @@ QUICK: dict[str, Any] = {
     "doses": (17.0, 34.0),
     "progress": False,
 }
+SMALL: dict[str, Any] = QUICK | {"n": 8, "doses": (17.0,), "n_random": 3}
 
 
 def binding(asked: Draw) -> list[Episode]:
@@ -116,6 +117,15 @@ def test_an_untrained_network_has_nothing_to_lose() -> None:
     assert plot(nothing).data is not None
 
 
+def test_where_no_answer_can_be_copied_no_head_has_an_induction_score(planted: Planted) -> None:
+    said = study.run(planted.model, tasks=[replace(SAY, copied=False)], shots=(1,), **SMALL)
+    assert np.isnan(said.induction.value).all()
+    assert set(said.passing[FUNCTION_VECTOR]) == set(planted.matching)
+    assert said.side == "no heads"
+    assert "No setting has its answer in the prompt" in said.notes[0]
+    assert plot(said).data is not None
+
+
 def test_a_row_is_the_ablation_of_its_heads(found: HeadsAtOdds, planted: Planted) -> None:
     """Agreement with `analysis.ablation.ablate`, run apart."""
     row = found.row(INDUCTION)
@@ -142,9 +152,6 @@ def test_tables_and_figure_hold_the_same_numbers(found: HeadsAtOdds) -> None:
     assert list(curve.y) == [row.change.value for row in found.rows if row.task == "all" and row.kind == INDUCTION and not row.excluded]
     with pytest.raises(KeyError, match="no row of"):
         found.row(INDUCTION, task="other")
-
-
-SMALL: dict[str, Any] = QUICK | {"n": 8, "doses": (17.0,), "n_random": 3}
 
 
 class Killed(Exception):

@@ -189,7 +189,13 @@ def _result(
         (c for c in contrasts if (c.task, c.shots) == ALL and c.how == ways[0] and c.dose == plan.main and not c.excluded), None
     )
     passing = {kind: plan.passing.get(kind, ()) for kind in KINDS}
-    side = side_of(plain, excluded, {kind: len(some) for kind, some in passing.items()}) if main else "nothing to lose"
+    side = (
+        side_of(plain, excluded, {kind: len(some) for kind, some in passing.items()})
+        if main
+        else "no heads"
+        if any(part.scores for part in parts)
+        else "nothing to lose"
+    )
     told = [
         f"{one.kind}, {one.dose:g} %{' excluded' if one.excluded else ''}: {one.note}."
         for one in plan.sets

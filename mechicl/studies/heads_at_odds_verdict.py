@@ -158,6 +158,8 @@ def side_of(plain: dict[str, OddsRow], excluded: dict[str, OddsRow], passing: Ma
 
 def sentence(side: str, plain: dict[str, OddsRow], excluded: dict[str, OddsRow], contrast: OddsContrast | None, *, model: str) -> str:
     """The verdict."""
+    if not plain and side != "nothing to lose":
+        return f"{model}: not decided: no task defines both scores, so the two kinds cannot be held against each other."
     if side == "nothing to lose":
         return f"{model}: {SIDES[side]}."
     first = plain[INDUCTION]
