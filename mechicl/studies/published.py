@@ -75,7 +75,7 @@ def match_scores(first: str, second: str, scores: HeadScores, *, top: int, seed:
     one, other = scores[first], scores[second]
     heads = tuple(one.top(max(TOPS[-1], top)))
     there = np.array([one.value[h] for h in heads])
-    return _match(f"{first} against {second}", second, "", "", "", heads, there, other.value, scores.n, seed)
+    return _match(f"{one.name} against {other.name}", other.name, "", "", "", heads, there, other.value, scores.n, seed)
 
 
 def _match(

@@ -14,6 +14,8 @@ from mechicl.views.theme import CHOSEN, CONTROL, INTACT, LINES, RANDOM
 
 KINDS = {"intact": ("intact model", INTACT, "circle"), "control": ("control", CONTROL, "diamond"), "published": ("heads by the published scores", CHOSEN, "square"),
          "ours": ("heads by our scores", LINES[5], "triangle-up")}  # fmt: skip
+NAMED = 8
+"""Heads of a ranking whose names are written beside their dots; the others say theirs when pointed at."""
 PERCENT: Spec = {"tickformat": ".0%", "range": [-0.04, 1.04], "nticks": 6}
 
 
@@ -80,15 +82,15 @@ def _hover(row: KnockOutRow, key: str) -> str:
 
 def ranking_points(result: RankingMatch) -> Spec:
     """Scores of the same heads in two rankings; a head on the dotted line has the same score in both."""
-    labels = [name(h) for h in result.heads]
+    labels = [name(h) if k < NAMED else "" for k, h in enumerate(result.heads)]
     here = np.asarray(result.here, dtype=float)
     top = max(float(np.nanmax(result.published, initial=0.0)), float(np.nanmax(here, initial=0.0)), 1e-6) * 1.08
     low = min(0.0, float(np.nanmin(result.published, initial=0.0)), float(np.nanmin(here, initial=0.0)))
     other = f"published, {result.model}" if result.model else words(result.kind.split(" against ")[0])
     trace: Spec = {
         "type": "scatter", "mode": "markers+text", "x": result.published, "y": here, "text": labels, "textposition": "top center", "textfont": {"size": 11},
-        "marker": {"size": 9, "color": CHOSEN}, "cliponaxis": False, "name": "heads", "customdata": np.asarray(result.rank, dtype=float),
-        "hovertemplate": "<b>head %{text}</b><br>" + other + " %{x:.3f}<br>here %{y:.3f}, place %{customdata}<extra></extra>",
+        "marker": {"size": 9, "color": CHOSEN}, "cliponaxis": False, "name": "heads", "customdata": [[name(h), float(r)] for h, r in zip(result.heads, result.rank, strict=True)],
+        "hovertemplate": "<b>head %{customdata[0]}</b><br>" + other + " %{x:.3f}<br>here %{y:.3f}, place %{customdata[1]}<extra></extra>",
     }  # fmt: skip
     line = {
         "type": "line",
@@ -140,7 +142,7 @@ def certain(change: TuningChange) -> bool:
 def about_knock_outs(result: KnockOuts) -> Words:
     rows = [row for row in result.rows if row.heads]
     few = [row for row in rows if row.n_draws < 19]
-    notes = "; ".join(dict.fromkeys(f"{row.name}: {row.note}" for row in rows if row.note))
+    notes = _notes(rows)
     told = "; ".join(
         f"{row.name}: {row.open.value:.2f}, random heads {number(_value(row.random_open))}, p = {row.p_open:.2g}"
         for row in rows
@@ -153,6 +155,15 @@ def about_knock_outs(result: KnockOuts) -> Words:
         f"apart that begin alike, and count a right name in other words as wrong. {'Fewer than 19 draws cannot reach p = 0.05: ' + ', '.join(r.name for r in few) + '. ' if few else ''}{notes}",
         f"n = {result.n} prompts not used to rank; intact {result.rows[0].open}; {told or 'no random draws'}.",
     )  # fmt: skip
+
+
+def _notes(rows: Sequence[KnockOutRow]) -> str:
+    """What must be said about the random heads, once for all sets that it is true of."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row.note:
+            found.setdefault(row.note, []).append(row.name)
+    return " ".join(f"{', '.join(some)}: {note}." for note, some in found.items())
 
 
 def _value(e: Estimate | None) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from mechicl.results import Estimate, HeadScores, ProtocolStudy, PublishedNumber, RankingMatch, Score
+from mechicl.results import DoseCurve, Estimate, HeadScores, ProtocolStudy, PublishedNumber, RankingMatch, Score
 from mechicl.results.protocol import spoken
 from mechicl.views import captions, plots, tables
 from mechicl.views.captions import Words
@@ -102,9 +102,22 @@ def _headline(study: ProtocolStudy) -> tuple[str, bool]:
         )
     if fail:
         parts.append(f"Not shown to cost more than as many random heads: {', '.join(fail)}. ")
+    parts += (
+        [sentence for key, curve in study.doses.items() if key.endswith("whole label") and (sentence := _dose_sentence(key, curve))]
+        if fail
+        else []
+    )
     if not rows:
         parts.append("Too few other heads, or draws, for a random control. ")
     return "".join(parts).strip(), bool(learns and hold)
+
+
+def _dose_sentence(key: str, curve: DoseCurve) -> str:
+    """The first dose at which the top heads cost more than every random draw of as many, "" where there is none."""
+    for k, accuracy, low, mean in zip(curve.ks, curve.accuracy, curve.random_low, curve.random_mean, strict=True):
+        if accuracy.high < low:
+            return f"Of {key.split(',')[0]} the first {k} together do (dose curve): {accuracy.value:.0%} of whole labels, random heads {mean:.0%}. "
+    return ""
 
 
 def _published(study: ProtocolStudy) -> list[dict[str, Any]]:
