@@ -56,7 +56,7 @@ def image_boxes(picture: Picture) -> Boxes:
         class tokens, padding). Empty where the family's geometry is not known or does not account for every token.
     """
     kind = getattr(picture.config, "model_type", "")
-    boxes = GEOMETRY.get(kind, square)(picture)
+    boxes = GEOMETRY.get(kind, unknown)(picture)
     return boxes if len(boxes) == picture.n_tokens else []
 
 
@@ -91,8 +91,13 @@ def square(picture: Picture) -> Boxes:
     return cells(picture, picture.whole, side, side)
 
 
-def qwen(picture: Picture) -> Boxes:
-    """Qwen2-VL, Qwen2.5-VL, Qwen3-VL: stretched to multiples of a merged patch; the grid is in image_grid_thw."""
+def unknown(picture: Picture) -> Boxes:
+    """A family whose geometry nobody has written down: no boxes rather than wrong ones."""
+    return []
+
+
+def grid(picture: Picture) -> Boxes:
+    """Qwen2-VL and the many like it: stretched to multiples of a merged patch; the grid is in image_grid_thw."""
     _, rows, cols = (int(v) for v in picture.inputs["image_grid_thw"][picture.index])
     merge = int(picture.images.merge_size)
     return cells(picture, picture.whole, rows // merge, cols // merge)
@@ -185,6 +190,21 @@ def idefics(picture: Picture) -> Boxes:
     return tiles(picture, int(rows), int(cols), side) + cells(picture, picture.whole, side, side)
 
 
+def with_breaks(picture: Picture) -> Boxes:
+    """HunYuan-VL: as `grid`, a break after each row, a token before and one after the picture."""
+    _, rows, cols = (int(v) for v in picture.inputs["image_grid_thw"][picture.index])
+    merge = int(picture.images.merge_size)
+    rows, cols = rows // merge, cols // merge
+    flat = cells(picture, picture.whole, rows, cols)
+    return [None, *(box for row in range(rows) for box in [*flat[row * cols : (row + 1) * cols], None]), None]
+
+
+def padded_whole(picture: Picture) -> Boxes:
+    """DeepSeek-VL, Janus: the longer side scaled to the tower's, the rest padded, a square of tokens."""
+    side = math.isqrt(picture.n_tokens)
+    return cells(picture, padded_square(picture), side, side) if side * side == picture.n_tokens else []
+
+
 def gemma(picture: Picture) -> Boxes:
     """Gemma 3: the whole picture stretched to a square, then pan-and-scan crops along the longer side where these are on."""
     side = math.isqrt(int(picture.processor.image_seq_length))
@@ -204,11 +224,24 @@ def nowhere(picture: Picture) -> Boxes:
     return [None] * picture.n_tokens
 
 
+STRETCHED = (
+    "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "cosmos3_edge", "cohere_compass", "lfm3_vl", "glm4v", "glm46v",
+    "glm4v_moe", "exaone4_5", "hyperclovax_vision_v2", "ernie4_5_vl_moe", "paddleocr_vl", "video_llama_3", "minimax_m3_vl",
+)  # fmt: skip
+"""Families with `grid`'s geometry, each checked against its own processor."""
+
 GEOMETRY: dict[str, Callable[[Picture], Boxes]] = {
-    "qwen2_vl": qwen,
-    "qwen2_5_vl": qwen,
-    "qwen3_vl": qwen,
+    **dict.fromkeys(STRETCHED, grid),
+    "hunyuan_vl": with_breaks,
+    "cohere2_vision": square,
     "llava": llava,
+    "vipllava": llava,
+    "lighton_ocr": mistral,
+    "mistral_large4": mistral,
+    "qianfan_ocr": internvl,
+    "deepseek_vl": padded_whole,
+    "janus": padded_whole,
+    "shieldgemma2": gemma,
     "llava_next": llava_next,
     "llava_onevision": llava_onevision,
     "internvl": internvl,
@@ -219,7 +252,7 @@ GEOMETRY: dict[str, Callable[[Picture], Boxes]] = {
     "mistral3": mistral,
     "mllama": nowhere,
 }
-"""How each family lays its tokens over a picture, by the configuration's model_type. Others are taken for `square`."""
+"""How each family lays its tokens over a picture, by the configuration's model_type. Others have no boxes."""
 
 
 def length(size: Any, *names: str) -> int:

@@ -125,6 +125,8 @@ class Renderer:
         some = any(pictures)
         self._check_company(pictures)
         options: dict[str, Any] = {"padding": True, "padding_side": "left", "return_tensors": "pt", "return_text_replacement_offsets": True}
+        if "mm_token_type_ids" in getattr(self.processor, "model_input_names", ()):  # some give it only when asked
+            options["return_mm_token_type_ids"] = True
         if self._adds_nothing(texts[0]):
             options["add_special_tokens"] = False
         try:

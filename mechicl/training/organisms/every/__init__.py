@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,15 +20,28 @@ OUT_OF_SCOPE = tuple(name for name, family in FAMILIES.items() if family.refused
 """The rest of the mapping: refused by name."""
 
 
-def configuration(family: str) -> Any:
-    """The family's configuration, as small as it gets."""
+def configuration(family: str, *, vocabulary: int | None = None, ids: Mapping[str, int] | None = None) -> Any:
+    """The family's configuration, as small as it gets; with the vocabulary and the special tokens of a tokenizer where they are given."""
     from transformers import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[family]
     kwargs = tiny(kind())
     for part, new in SPECIAL.get(family, {}).items():
         (kwargs.setdefault(part, {}) if part else kwargs).update(new)
-    return kind(**kwargs)
+    if vocabulary is not None:
+        owner = kwargs.get("text_config", kwargs)
+        owner |= {"vocab_size": vocabulary}
+    return kind(**kwargs | dict(ids or {}))
+
+
+def enlivened(config: Any, seed: int) -> Any:
+    """A model with weights that hide nothing, in evaluation mode."""
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    enliven(model, torch.Generator().manual_seed(seed))
+    _quieten(model)
+    return model
 
 
 def build_every(family: str, *, seed: int = 0) -> tuple[Any, dict[str, Any]]:
@@ -45,13 +59,9 @@ def build_every(family: str, *, seed: int = 0) -> tuple[Any, dict[str, Any]]:
     """
     if family not in EVERY:
         raise OptionError(f"family must be one of the {len(EVERY)} in mechicl.models.families.TESTED; got {family!r}. Others are refused.")
-    from transformers import AutoModelForImageTextToText
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForImageTextToText.from_config(configuration(family)).eval()
-        enliven(model, torch.Generator().manual_seed(seed))
-        _quieten(model)
+        model = enlivened(configuration(family), seed)
     return model, prompt(model, seed=seed)
 
 

@@ -96,6 +96,7 @@ def notes(model: Any) -> list[str]:
         "final LayerNorm": getattr(getattr(model, "ln_final", None), "centered", False),
         "pictures also reach later layers past `hook_image_features`": model.family.deepstack,
         "its forward needs a picture": model.family.needs_picture,
+        f"left padding moves its own logits ({model.family.padding}): batch prompts of one length": bool(model.family.padding),
     }
     return found + [text for text, holds in tests.items() if holds]
 

@@ -1,0 +1,92 @@
+"""The real processors of the families beyond the organisms: exact spans, as many image tokens as the model makes, boxes that hold their pixels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_prompts_patches import SIZES, check_boxes, noise
+
+from mechicl.errors import OptionError
+from mechicl.models.families import FAMILIES, Family
+from mechicl.models.vlm import HookedVLM
+from mechicl.prompts.episode import Episode, Shot
+from mechicl.prompts.patches import GEOMETRY, Picture, image_boxes
+from mechicl.prompts.render import Renderer
+from mechicl.training.organisms import FAMILIES as ORGANISMS
+from mechicl.training.organisms.every import EVERY
+from mechicl.training.organisms.every.processors import RECIPES, build_processor, build_whole, why_no_processor
+
+recipes = pytest.mark.parametrize("family", RECIPES)
+
+
+def episodes() -> list[Episode]:
+    """Two prompts of different length: three pictures and one."""
+    from PIL import Image
+
+    a, b, c = (Image.fromarray(noise(size, k)) for k, size in enumerate(SIZES))
+    shots = (Shot("dax", (a,)), Shot("kimo tepa", (b,)))
+    query = Shot("dax", (c,))
+    return [Episode(shots, query, ("dax", "kimo tepa")), Episode((), query, ("dax", "kimo tepa"))]
+
+
+@torch.no_grad()
+def without_mixing(family: str) -> tuple[Any, Any]:
+    """A family whose vision attention adds nothing, so that every image token sees its own patch only."""
+    model, processor = build_whole(family)
+    for name, module in model.named_modules():
+        if any(word in name for word in ("vision", "visual")) and name.endswith((".out_proj", ".o_proj", ".projection_layer", "attn.proj")):
+            for parameter in module.parameters():
+                parameter.zero_()
+    return model, processor
+
+
+@recipes
+def test_labels_decode_to_themselves_and_the_model_takes_what_the_processor_gives(family: str) -> None:
+    model, processor = build_whole(family)
+    renderer = Renderer(processor, model.config)
+    hooked = HookedVLM(model, processor)  # its load-time check goes through the processor too
+    batch = renderer.render(episodes())
+    found = [span for span in batch.spans[0] if span.role == "label"]
+    decoded = [renderer.tokenizer.decode(batch.inputs["input_ids"][0, s.start : s.stop].tolist()).strip() for s in found]
+    assert decoded == ["dax", "kimo tepa"]
+    for row in range(2):
+        spans = sorted(batch.spans[row], key=lambda s: s.start)
+        assert [s.start for s in spans[1:]] == [s.stop for s in spans[:-1]]  # every position has one role
+    alone = renderer.render(episodes()[1:])
+    with torch.no_grad():
+        together, single = hooked(batch), hooked(alone)
+        plain = model(**hooked.inputs(batch), use_cache=False).logits[1, -1]
+    moved = float((together[1] - single[0]).abs().max() / single.abs().max())
+    assert (moved > 1e-4) == bool(FAMILIES.get(family, Family()).padding)  # left padding changes nothing, or the table says so
+    assert (together[1, 0] - plain).abs().max() <= 1e-4 * plain.abs().max()  # and what changes is the family's own doing
+
+
+@recipes
+def test_the_tokens_that_change_are_those_whose_box_holds_the_changed_pixels(family: str) -> None:
+    model, processor = without_mixing(family)
+    if family not in GEOMETRY:  # no boxes rather than wrong ones
+        batch = Renderer(processor, model.config).render(episodes()[1:])
+        assert not any(batch.patches[0])
+        return
+    for size in SIZES:
+        assert check_boxes(model, processor, [noise(size, 1)], 0)
+    assert check_boxes(model, processor, [noise((60, 60), 2), noise(SIZES[1], 1), noise((70, 90), 3)], 1)
+
+
+def test_a_family_nobody_described_gets_no_boxes_even_where_its_tokens_are_a_square() -> None:
+    from types import SimpleNamespace
+
+    picture = Picture(50, 40, 16, 1, 0, {}, SimpleNamespace(image_processor=None), SimpleNamespace(model_type="new"))
+    assert image_boxes(picture) == []
+
+
+def test_every_family_has_a_processor_or_a_reason() -> None:
+    for family in EVERY:
+        if family in RECIPES or family in ORGANISMS:
+            assert why_no_processor(family) == ""
+        else:
+            assert len(why_no_processor(family)) > 10
+    with pytest.raises(OptionError, match="idefics2"):
+        build_processor("idefics2")
