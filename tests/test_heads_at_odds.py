@@ -330,13 +330,27 @@ def test_functions_differ_and_episodes_repeat(name: str) -> None:
     assert len({e.id for e in first + other}) == 6
     for episode in first:
         assert len(episode.shots) == 6
-        assert (episode.answer in {shot.label for shot in episode.shots}) or not task.copied
+        assert (episode.answer in {shot.label for shot in episode.shots}) == task.copied
+        assert len({shot.label for shot in episode.shots}) > 1
         shown = {(shot.item, shot.label) for shot in episode.shots}
         assert len({item for item, _ in shown}) == len({item for item, _ in shown if item})
     if task.copied:
         names = [{(shot.item, shot.label) for e in some for shot in e.shots} for some in (first, other)]
         assert len(names[0]) == 3  # the same things under the same names in every episode of a function
         assert not names[0] & names[1]
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10_000), st.integers(0, 5), st.integers(2, 4), st.integers(1, 4))
+def test_an_operators_examples_never_show_the_answer(seed: int, function: int, classes: int, shots: int) -> None:
+    for episode in TASKS["operator"].draw(Draw(function, 2, classes, shots, 16, seed)):
+        labels = [shot.label for shot in episode.shots]
+        assert len(labels) == classes * shots
+        assert episode.answer not in labels
+        assert len(set(labels)) > 1
+        a, b = (int(x) for x in episode.query.item.split(" ? "))
+        assert int(episode.answer) == (a + b, abs(a - b), a * b)[function % 3]
+        assert len({len(label) for label in episode.candidates}) == 1
 
 
 def test_known_words_are_pairs_whose_labels_differ() -> None:

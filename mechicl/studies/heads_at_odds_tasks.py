@@ -136,16 +136,20 @@ def operator(asked: Draw) -> list[Episode]:
     found = []
     for k in range(asked.n):
         draw = np.random.default_rng([asked.seed, asked.function, k])
-        every: list[Shot] = []
-        others: list[int] = []
-        while len(every) < asked.classes * asked.shots + 1:
+        drawn: list[tuple[int, int, list[int]]] = []  # the query first: no example may show its answer
+        while len(drawn) < asked.classes * asked.shots + 1:
             a, b = (int(x) for x in draw.integers(0, 10, 2))
             answers = [of(a, b) for of in rules]
-            if len(set(answers)) == len(rules):  # else the picture does not tell which was meant
-                every.append(Shot(label=f"{answers[rule]:02d}", images=(_two_digits(a, b, asked.size, draw),), item=f"{a} ? {b}"))
-                others = answers
-        candidates = tuple(dict.fromkeys([every[-1].label, *(f"{x:02d}" for x in others), *(shot.label for shot in every[:-1])]))
-        found.append(Episode(tuple(every[:-1]), every[-1], candidates, INSTRUCTION, "", id=f"operator/{'+-*'[rule]}/{asked.seed}/{asked.function}/{k}"))  # fmt: skip
+            shown = {one[2][rule] for one in drawn[1:]}
+            one_label = len(drawn) == asked.classes * asked.shots and len(shown | {answers[rule]}) < 2
+            copied = bool(drawn) and answers[rule] == drawn[0][2][rule]
+            if len(set(answers)) == len(rules) and not copied and not one_label:  # else the picture does not tell which was meant
+                drawn.append((a, b, answers))
+        every = [
+            Shot(label=f"{answers[rule]:02d}", images=(_two_digits(a, b, asked.size, draw),), item=f"{a} ? {b}") for a, b, answers in drawn
+        ]
+        candidates = tuple(dict.fromkeys([*(f"{x:02d}" for x in drawn[0][2]), *(shot.label for shot in every)]))
+        found.append(Episode(tuple(every[1:]), every[0], candidates, INSTRUCTION, "", id=f"operator/{'+-*'[rule]}/{asked.seed}/{asked.function}/{k}"))  # fmt: skip
     return found
 
 
