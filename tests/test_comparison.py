@@ -222,7 +222,8 @@ def test_what_is_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     }
     import mechicl.analysis.comparison.sides as sides
 
-    whole = compare(first, second, EPISODES, **options | {"out": None})
+    unkept: dict[str, Any] = {**options, "out": None}
+    whole = compare(first, second, EPISODES, **unkept)
     real, seen = sides.measure, []
 
     def once(model: Any, *rest: Any) -> Any:

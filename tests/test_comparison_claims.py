@@ -73,7 +73,7 @@ def test_the_cut_to_fewer_heads_is_the_average_over_all_cuts(n: int, data: Any) 
     draw = np.random.default_rng(n * m + k)
     values = np.sort(draw.normal(size=n))[::-1]
     cuts = [np.sort(draw.choice(values, m, replace=False))[::-1][:k].mean() for _ in range(400)]
-    assert weights @ values == pytest.approx(np.mean(cuts), abs=5 * np.std(cuts) / 20 + 1e-9)
+    assert weights @ values == pytest.approx(np.mean(cuts), abs=float(5 * np.std(cuts) / 20 + 1e-9))
 
 
 def test_heads_are_measured_on_episodes_that_did_not_choose_them() -> None:
