@@ -71,6 +71,7 @@ def test_a_claim_has_a_sweep_and_a_verdict_that_is_computed(path: Path) -> None:
 CONTROLS = {
     "08": ("random_high", "control_accuracy", ".agreement", "completeness", "overlap.chance"),
     "09": ("random_high", "control_accuracy", ".agreement", "completeness", "overlap.chance"),
+    "11": ("random_margin_change", "p_margin", "ablated_random", "as many random heads"),
     "12": ("random_change", "excluded", "result.passing", "overlap.expected", "row.random_low"),
     "13": ("n_random=20", "random_mean"),
     "10": ("examples minus filler", "least similar", "held_out_gain", '"control_low"', "table.verdict"),
