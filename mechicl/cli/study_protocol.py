@@ -60,7 +60,10 @@ def huang2026(
         return
     assert folder is not None
     command = shlex.join(["mechicl", *sys.argv[1:]]) if sys.argv[1:] else "mechicl study huang2026"
-    study = run(loaded, drawn, folder, options=options, batch_size=batch_size, command=command, task=task, name=model, progress=not quiet)
+    name = (
+        model if revision is None and not trust_remote_code else ""
+    )  # else the fine-tuning copies the model in memory: a name would load another
+    study = run(loaded, drawn, folder, options=options, batch_size=batch_size, command=command, task=task, name=name, progress=not quiet)
     told(study)
     typer.echo(str(folder / "study.html"))
 

@@ -91,12 +91,12 @@ def tune(
     from mechicl.training.adapting.measure import Probe, head_curve
 
     probe = Probe(list(held_out), scores=tuple(FOLLOWED.values()), knocked=0, seed=seed, batch_size=batch_size)
-    device = str(model.hf.device).split(":")[0]
+    device, dtype = str(model.hf.device).split(":")[0], str(model.hf.dtype).removeprefix("torch.")
     run = adapt(
         name, out, data=list(train), steps=options.steps, lr=options.lr, rank=options.rank, alpha=options.alpha, dropout=options.dropout,
         targets=options.targets, warmup=0.0, schedule="constant", weight_decay=options.weight_decay, clip=1e9, batch=options.batch, bf16=options.bf16,
         save_memory=options.save_memory, probe=probe, measure_at=list(options.points), checkpoint_every=options.every, seed=seed,
-        device=device, resume=True, progress=progress,
+        device=device, dtype=dtype, resume=True, progress=progress,
     )  # fmt: skip
     assert run.growth is not None
     curves = {}
@@ -104,7 +104,7 @@ def tune(
     for score, heads in tops.items():
         found = [head_curve(run.folder, FOLLOWED[score], head) for head in heads]
         steps, curves[score] = found[0][0], np.mean([values for _, values in found], axis=0)
-    after = load(str(run.result), device=device, dtype=str(model.hf.dtype).removeprefix("torch."))
+    after = load(str(run.result), device=device, dtype=dtype)
     changes = compare_models(model, after, held_out, tops, seed=seed, batch_size=batch_size)
     made = provenance(model, task=task, seed=seed, options={"steps": options.steps, "rank": options.rank, "lr": options.lr})
     followed = Series(
