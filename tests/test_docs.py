@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 ELSEWHERE = ("anchored", "attribution", "recipes", "sweeps", "toys")
 """Pages whose Python other tests run, with assertions of their own."""
-LONG = ("adapt",)
+LONG = ("adapt", "link_mechanism")
 """Pages whose Python trains for many minutes: it must compile; tests/test_adapt_runs.py makes the same calls at a small scale."""
 
 
