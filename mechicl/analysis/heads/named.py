@@ -19,7 +19,7 @@ from mechicl.analysis.heads.measures import (
 from mechicl.analysis.heads.nulls import Null, logs, place_null, shuffled_null, shuffles
 from mechicl.analysis.heads.own import ExemplarScore, Of, Weigh
 from mechicl.analysis.heads.reading import Reading
-from mechicl.analysis.layout import closing_group, image_group, text_group
+from mechicl.analysis.layout import Layout, closing_group, image_group, text_group
 from mechicl.analysis.statistics import difference_p
 
 SCORES: dict[str, str] = {
@@ -91,6 +91,15 @@ class Subset:
 
 class Scorer:
     """Turns a `Reading` into scores with their nulls."""
+
+    reading: Reading
+    where: Layout
+    n_null: int
+    seed: int
+    k: int
+    lift: float
+    shape: tuple[int, ...]
+    uniform: float
 
     def __init__(self, reading: Reading, *, n_null: int, seed: int, k_back: int, lift: float) -> None:
         self.reading, self.where, self.n_null, self.seed, self.k, self.lift = reading, reading.layout, n_null, seed, k_back, lift
