@@ -13,17 +13,15 @@ import numpy as np
 
 from mechicl.analysis.comparison.improve import held_out_by
 from mechicl.analysis.comparison.places import Checkpoint, Revisions, checkpoints, opened
-from mechicl.analysis.comparison.sides import unique_ids
+from mechicl.analysis.comparison.sides import known_by, unique_ids
 from mechicl.analysis.feed import Data, check_data, comparable, provenance
 from mechicl.analysis.heads.named import SCORES
 from mechicl.analysis.kept import KeptFolder
-from mechicl.analysis.link.store import digest
 from mechicl.analysis.statistics import mean_estimate
 from mechicl.analysis.trainings.change_points import main_change
 from mechicl.analysis.trainings.growth import GROWN, measure_point
 from mechicl.analysis.trainings.growth import series as as_series
 from mechicl.errors import OptionError
-from mechicl.prompts.batch import Batch
 from mechicl.results import Estimate, Provenance
 from mechicl.results.comparison import CheckpointSeries
 
@@ -95,11 +93,10 @@ def series(
         )
     comparable(episodes)
     found = checkpoints(source, revisions)
-    plan = {
-        "checkpoints": [[one.step, one.name, one.source if one.revision else Path(one.source).name] for one in found],
-        "episodes": digest(episodes.episodes if isinstance(episodes, Batch) else episodes), "scores": list(scores), "seed": seed, "task": task,
-    }  # fmt: skip
-    store = None if out is None else PointStore(out, plan)
+    store = None
+    if out is not None:
+        named = [[one.step, one.name, one.source if one.revision else Path(one.source).name] for one in found]
+        store = PointStore(out, {"checkpoints": named, "episodes": known_by(episodes), "scores": list(scores), "seed": seed, "task": task})
     done = {} if store is None else store.load()
     for one in found:
         if one.step not in done:

@@ -10,12 +10,11 @@ import numpy as np
 
 from mechicl.analysis.comparison.agreement import agree_on, alignment, heads_named
 from mechicl.analysis.comparison.profiles import profiles
-from mechicl.analysis.comparison.sides import Asked, SideStore, Source, both_sides, named, unique_ids
+from mechicl.analysis.comparison.sides import Asked, SideStore, Source, both_sides, known_by, named, unique_ids
 from mechicl.analysis.comparison.trunk import BAR, trunk
 from mechicl.analysis.comparison.words import prompts_of
 from mechicl.analysis.feed import Data, check_data
 from mechicl.analysis.heads.named import SCORES
-from mechicl.analysis.link.store import digest
 from mechicl.analysis.statistics import mcnemar_p, paired_change, wilson
 from mechicl.errors import OptionError
 from mechicl.prompts.batch import Batch
@@ -62,7 +61,8 @@ def compare(
         seed: Decides nulls, intervals, permutations.
         batch_size: Prompts per forward pass.
         task: What the episodes are, for the record.
-        out: A folder that keeps each side when it is measured; asked again, nothing finished is measured anew.
+        out: A folder that keeps each side when it is measured; asked again, nothing finished is measured anew. It knows models by their names: other weights under one name need
+            another folder.
         load_options: For models that are named: device, dtype, revision, ...
         progress: Show bars.
 
@@ -176,7 +176,7 @@ def _names(called: tuple[str, str], shown: tuple[str, str]) -> tuple[str, str]:
 
 
 def _plan(sources: tuple[Source, Source], data: tuple[Data, Data], asked: Asked) -> dict[str, Any]:
-    episodes = [digest(one.episodes if isinstance(one, Batch) else one) for one in data]
+    episodes = [known_by(one) for one in data]
     plan = {"models": [named(source) for source in sources], "episodes": episodes, "scores": list(asked.scores), "accuracy": asked.accuracy}
     return plan | {"n_null": asked.n_null, "seed": asked.seed, "task": asked.task}
 

@@ -17,6 +17,8 @@ from mechicl.analysis.feed import Data, ids_of
 from mechicl.analysis.heads.scoring import score_heads
 from mechicl.analysis.icl import icl_accuracy
 from mechicl.analysis.kept import KeptFolder
+from mechicl.analysis.link.store import digest
+from mechicl.errors import OptionError
 from mechicl.models.load import load
 from mechicl.prompts.batch import Batch
 from mechicl.results import Estimate, HeadScores, ICLAccuracy, Provenance, Score, Skipped
@@ -114,6 +116,18 @@ def unique_ids(data: Data) -> bool:
     """Whether every episode has a name of its own."""
     names: Sequence[str] = ids_of(data)
     return len(set(names)) == len(names)
+
+
+def known_by(data: Data) -> str:
+    """A digest of episodes, by which a folder knows them again.
+
+    Raises:
+        OptionError: a Batch without episodes.
+    """
+    episodes = data.episodes if isinstance(data, Batch) else data
+    if not episodes:
+        raise OptionError("out must be for episodes, by which its folder is known again; got a Batch without any. Leave out away.")
+    return digest(episodes)
 
 
 def write_side(side: Side) -> dict[str, Any]:
