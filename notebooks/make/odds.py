@@ -88,8 +88,7 @@ from mechicl.errors import OptionError
 from mechicl.models.trace import attention_path, o_proj_path, path_of
 
 figures = Path(os.environ.get("MECHICL_FIGURES", "../figures"))
-model = mechicl.load("demo")
-batch = model.render(concepts.draw(16, classes=4, shots=1, size=28, seed=3, syllables=(2, 2)))"""
+model = mechicl.load("demo")"""
 
 NNSIGHT = [
     """
@@ -101,6 +100,7 @@ NNSIGHT = [
 
 transformers' eager attention hands out its pattern as the attention module's second output; mechicl's come from its registered attention function.""",
     """>>>
+batch = model.render(concepts.draw(16, classes=4, shots=1, size=28, seed=3, syllables=(2, 2)))
 before = model.hf.config._attn_implementation
 model.hf.set_attn_implementation("eager")
 with torch.no_grad(), model.trace(batch):
