@@ -11,21 +11,30 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from mechicl.errors import UnsupportedModelError
-from mechicl.models.attention import AttentionCall, AttentionSession, attention_session, fused
+from mechicl.models.attention import AttentionCall
+from mechicl.models.recording import (
+    NOT_DECODER,
+    Recording,
+    decoder_layers,
+    first_tensor,
+    record_pass,
+    same,
+    stream_input,
+    stream_name,
+    vision_layers,
+)
 from mechicl.models.unembedding import Unembedding, head_of, inspect_unembedding
+
+__all__ = [
+    "NOT_DECODER", "Anatomy", "LayerAnatomy", "Projection", "Recording", "Streams", "decoder_layers", "first_tensor", "inspect", "record_pass", "stream_input", "stream_name",
+    "vision_layers",
+]  # fmt: skip
 
 Layout = Literal["flat", "bshd", "bhsd"]
 """How a projection's output carries the heads: [batch, pos, head * d_head], [batch, pos, head, d_head] or [batch, head, pos, d_head]."""
-
-LAYER_LISTS = ("layers", "layer", "h", "blocks", "resblocks")
-NOT_DECODER = ("vision", "visual", "image", "audio", "vq", "qformer")
-NOT_VISION = ("audio", "qformer", "text", "language_model", "video_tower")
-STREAM_NAMES = ("hidden_states", "hidden_state", "hidden_state_in", "inputs_embeds", "x")
-"""What layers call the residual stream among their keyword arguments."""
 
 
 @dataclass(frozen=True)
@@ -133,112 +142,6 @@ class Anatomy:
         return f"layers {without} add something that no softmax head wrote" if without else ""
 
 
-def first_tensor(x: Any) -> Tensor | None:
-    """The tensor in a module's output: itself, or the first element of a tuple."""
-    if isinstance(x, Tensor):
-        return x
-    return x[0] if isinstance(x, tuple | list) and x and isinstance(x[0], Tensor) else None
-
-
-def stream_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The residual stream among a layer's arguments."""
-    name = stream_name(kwargs)
-    return kwargs[name] if name else (args[0] if args and isinstance(args[0], Tensor) else None)
-
-
-def stream_name(kwargs: Mapping[str, Any]) -> str:
-    """The keyword that holds the residual stream; "" where it comes by position."""
-    return next((name for name in STREAM_NAMES if isinstance(kwargs.get(name), Tensor)), "")
-
-
-def decoder_layers(hf: nn.Module) -> nn.ModuleList:
-    """The decoder's list of layers.
-
-    Raises:
-        UnsupportedModelError: none found.
-    """
-    decoder = hf.get_decoder() if hasattr(hf, "get_decoder") else None  # type: ignore[operator]
-    for name, module in decoder.named_modules() if isinstance(decoder, nn.Module) else ():
-        parts = name.lower().split(".")
-        if (
-            isinstance(module, nn.ModuleList)
-            and parts[-1] in LAYER_LISTS
-            and not any(word in part for part in parts for word in NOT_DECODER)
-        ):
-            return module
-    raise UnsupportedModelError(
-        f"model must have a decoder with a list of layers; {type(hf).__name__} shows none. Pass a Hugging Face image-text-to-text model."
-    )
-
-
-def vision_layers(hf: nn.Module, decoder: nn.ModuleList) -> tuple[nn.Module, ...]:
-    """The vision tower's layers, every tower stage in order; () where there is none."""
-    inside = {id(m) for m in decoder.modules()}
-    found: list[nn.Module] = []
-    for name, module in hf.named_modules():
-        parts = name.lower().split(".")
-        known = {id(x) for layer in found for x in layer.modules()} | inside
-        if not isinstance(module, nn.ModuleList) or parts[-1] not in LAYER_LISTS or id(module) in known or len(module) == 0:
-            continue
-        if id(module[0]) not in known and not any(word in part for part in parts for word in NOT_VISION):
-            found.extend(module)
-    return tuple(found)
-
-
-@dataclass
-class Recording:
-    """What went in and out of the recorded modules, in order of the calls."""
-
-    inputs: dict[int, Tensor] = field(default_factory=dict)
-    outputs: dict[int, Tensor] = field(default_factory=dict)
-    order: list[nn.Module] = field(default_factory=list)
-    calls: dict[int, AttentionCall] = field(default_factory=dict)
-    attention_outputs: dict[int, Tensor] = field(default_factory=dict)
-    logits: Tensor | None = None
-
-    def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if id(module) not in self.outputs:
-            self.order.append(module)
-        entered, left = stream_input(args, kwargs), first_tensor(output)
-        if entered is not None:
-            self.inputs[id(module)] = entered.detach().clone()
-        if left is not None:
-            self.outputs[id(module)] = left.detach().clone()
-
-
-def record_pass(hf: nn.Module, layers: nn.ModuleList, run: Callable[[], Any], configs: list[Any]) -> Recording:
-    """Run the model once and keep what went into and came out of every module of the decoder's layers."""
-    recording = Recording()
-    inside = {id(m) for m in layers.modules()}
-
-    def handler(call: AttentionCall) -> Tensor:
-        out = fused(call)
-        if id(call.module) in inside:
-            recording.calls[id(call.module)] = call
-            recording.attention_outputs[id(call.module)] = out.detach()
-        return out
-
-    handles = [m.register_forward_hook(recording.hook, with_kwargs=True) for m in layers.modules()]
-    handles.append(head_of(hf).register_forward_hook(recording.hook, with_kwargs=True))
-    norms = [m for m in hf.get_decoder().modules() if "norm" in type(m).__name__.lower() and id(m) not in inside]  # type: ignore[operator]
-    handles += [m.register_forward_hook(recording.hook, with_kwargs=True) for m in norms]
-    try:
-        with attention_session(AttentionSession({}, default=handler), configs), torch.no_grad():
-            recording.logits = getattr(run(), "logits", None)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return recording
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None or a.numel() != b.numel() or a.shape[-1] != b.shape[-1]:
-        return False
-    a, b = a.float().reshape(b.shape), b.float()  # some layers flatten batch and positions on the way
-    tolerance = 1e-5 * float(b.abs().max().clamp_min(1e-6))
-    return bool((a - b).abs().max() <= tolerance)
-
-
 def _projection(
     recording: Recording, modules: list[nn.Module], n_heads: int, d_head: int, value: Tensor | None = None
 ) -> Projection | None:
@@ -260,7 +163,7 @@ def _projection(
         if value is None:
             return projection
         given = projection.split(out)
-        if given.numel() == value.numel() and _same(given.reshape(value.transpose(1, 2).shape), value.transpose(1, 2)):
+        if given.numel() == value.numel() and same(given.reshape(value.transpose(1, 2).shape), value.transpose(1, 2)):
             return projection
     return None
 
@@ -276,14 +179,14 @@ def _inspect_attention(recording: Recording, attention: nn.Module, call: Attenti
 
     out = recording.outputs.get(id(attention))
     linears = [m for m in called if isinstance(m, nn.Linear)]
-    o_proj = next((m for m in reversed(linears) if _same(recording.outputs[id(m)], out)), None)
+    o_proj = next((m for m in reversed(linears) if same(recording.outputs[id(m)], out)), None)
     entered = recording.inputs.get(id(o_proj)) if o_proj is not None else None
     if entered is None or entered.shape[-1] != n_heads * d_value:
         o_proj = None
     heads = recording.attention_outputs[id(attention)]
     reasons = {}
     parts: dict[str, Any] = {
-        "gated": o_proj is not None and not _same(heads.reshape(*heads.shape[:2], -1), entered),
+        "gated": o_proj is not None and not same(heads.reshape(*heads.shape[:2], -1), entered),
         "q": _projection(recording, named("q"), n_heads, d_head),
         "k": _projection(recording, named("k"), n_kv, d_head),
         "v": _projection(recording, called, n_kv, d_value, call.value),
@@ -316,20 +219,20 @@ def _inspect_layer(recording: Recording, block: nn.Module) -> LayerAnatomy:
     children = [m for m in recording.order if any(m is child for child in block.children())]
     start = next((i for i, m in enumerate(children) if attention is not None and any(x is attention for x in m.modules())), 0)
     for child in children[:start]:
-        if _same(recording.outputs.get(id(child)), recording.inputs.get(id(children[start]))):
+        if same(recording.outputs.get(id(child)), recording.inputs.get(id(children[start]))):
             found["ln1"] = child
     for i in range(start, len(children)):
         if entered is None or (out := recording.outputs.get(id(children[i]))) is None or out.shape != entered.shape:
             continue
         mid = entered + out
-        ln2 = next((m for m in children[i + 1 :] if _same(recording.inputs.get(id(m)), mid)), None)
+        ln2 = next((m for m in children[i + 1 :] if same(recording.inputs.get(id(m)), mid)), None)
         if ln2 is not None:
             found |= {"attn_out": children[i], "ln2": ln2, "additive": children[i] is (children[start] if attention is not None else None)}
             rest = children[children.index(ln2) + 1 :]
-            found["mlp"] = next((m for m in rest if _same(recording.inputs.get(id(m)), recording.outputs.get(id(ln2)))), None)
+            found["mlp"] = next((m for m in rest if same(recording.inputs.get(id(m)), recording.outputs.get(id(ln2)))), None)
             for child in rest:
                 added = recording.outputs.get(id(child))
-                if left is not None and added is not None and added.numel() == mid.numel() and _same(mid + added.view_as(mid), left):
+                if left is not None and added is not None and added.numel() == mid.numel() and same(mid + added.view_as(mid), left):
                     found["mlp_out"] = child
             break
     if found.get("attn_out") is None and found.get("mlp_out") is None and entered is not None and left is not None:
@@ -354,7 +257,7 @@ def _side_by_side(
     for mlp in children:
         if attention is None or mlp is attention or id(mlp) not in outs or id(attention) not in outs:
             continue
-        if _same(entered + outs[id(attention)].view_as(entered) + outs[id(mlp)].view_as(entered), left):
+        if same(entered + outs[id(attention)].view_as(entered) + outs[id(mlp)].view_as(entered), left):
             missing = {"hook_resid_mid": "attention and MLP read the same stream: there is no middle"}
             return {"attn_out": attention, "mlp": mlp, "mlp_out": mlp, "additive": True, "missing": missing}
     return {}
@@ -366,7 +269,7 @@ def _only_sublayer(
     """A layer that adds one thing to the stream: attention, a state space or an MLP, each in a layer of its own."""
     for child in children:
         out = recording.outputs.get(id(child))
-        if out is None or out.numel() != entered.numel() or not _same(entered + out.view_as(entered), left):
+        if out is None or out.numel() != entered.numel() or not same(entered + out.view_as(entered), left):
             continue
         mixes = attention is not None or any(isinstance(m, nn.Conv1d) for m in child.modules())
         missing = {"hook_resid_mid": "the layer has one sublayer only: the stream's middle is its end"}

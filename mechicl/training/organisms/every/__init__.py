@@ -24,7 +24,7 @@ def configuration(family: str, *, vocabulary: int | None = None, ids: Mapping[st
     """The family's configuration, as small as it gets; with the vocabulary and the special tokens of a tokenizer where they are given."""
     from transformers import CONFIG_MAPPING
 
-    kind = CONFIG_MAPPING[family]
+    kind: Any = CONFIG_MAPPING[family]
     kwargs = tiny(kind())
     for part, new in SPECIAL.get(family, {}).items():
         (kwargs.setdefault(part, {}) if part else kwargs).update(new)
