@@ -107,21 +107,26 @@ class RayHands(Hands):
 
 
 class Worker:
-    """On a node: a model, and what is done with it."""
+    """On a node: a model, and what is done with it. It is loaded at the first call, so that a refusal comes back as what it is."""
 
     def __init__(self, source: Mapping[str, Any], threads: int) -> None:
-        import torch
+        self.source, self.threads, self._model = source, threads, None
 
-        from mechicl.models.load import load
+    def model(self) -> Any:
+        if self._model is None:
+            import torch
 
-        torch.set_num_threads(threads)
-        self.model = load(**source)
+            from mechicl.models.load import load
+
+            torch.set_num_threads(self.threads)
+            self._model = load(**self.source)
+        return self._model
 
     def about(self) -> dict[str, Any]:
-        return about(self.model)
+        return about(self.model())
 
     def do(self, what: str, episodes: Sequence[Any], options: Mapping[str, Any]) -> Part:
-        return WORK[what](self.model, episodes, **options)
+        return WORK[what](self.model(), episodes, **options)
 
 
 def _join(ray: Any, address: str | None, cores: int) -> None:
