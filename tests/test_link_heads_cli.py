@@ -28,7 +28,7 @@ from tests.link_cases import RuleModel, follow
 runner = CliRunner()
 
 
-@pytest.mark.slow  # python -m pytest --run-slow tests/test_link_heads_cli.py
+@pytest.mark.slow  # python -m pytest -m slow tests/test_link_heads_cli.py
 def test_eval_link_lists_the_heads_of_the_bundled_model_and_writes_a_page(tmp_path: Path) -> None:
     line = ["eval", "link", "-n", "24", "--shots", "1", "--metric", "logit_diff", "--quiet", "--out", str(tmp_path / "run")]
     done = runner.invoke(app, line)
@@ -36,7 +36,7 @@ def test_eval_link_lists_the_heads_of_the_bundled_model_and_writes_a_page(tmp_pa
     heads = pd.read_csv(tmp_path / "run" / "heads.csv")
     joining = heads[heads["sets"].fillna("").str.contains("joining")]
     assert 3 in set(joining["layer"])  # the bundled model's induction heads sit in its last layer
-    assert float(joining["carried_items"].to_numpy().min()) > 0.1
+    assert np.asarray(joining["carried_items"], dtype=float).min() > 0.1
     assert "joining: " in done.output
     page = (tmp_path / "run" / "link.html").read_text(encoding="utf-8")
     assert "Which heads carry the link?" in page
