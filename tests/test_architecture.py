@@ -1,6 +1,7 @@
 """The floors of the house: imports go down only, heavy packages have one owner, and importing mechicl is cheap."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,28 +29,7 @@ OWNERS = {
     "sklearn": {"data/digits.py", "analysis/trainings/trends.py"},
     "ruptures": {"analysis/trainings/change_points.py"},
     "statsmodels": {"analysis/shift/mixed_effects.py", "analysis/statistics.py"},
-    "typer": {
-        f"cli/{name}.py"
-        for name in (
-            "adapt",
-            "app",
-            "compare",
-            "data",
-            "eval",
-            "eval_tasks",
-            "heads",
-            "kv",
-            "link",
-            "options",
-            "patch",
-            "report",
-            "study_heads",
-            "study_protocol",
-            "sweep",
-            "train",
-            "workers",
-        )
-    },
+    "typer": {str(p.relative_to(ROOT)) for p in ROOT.glob("cli/*.py")},
     "ray": {"analysis/spread/ray_hands.py", "training/sweeps/ray_cluster.py"},
     "peft": {"models/adapters.py"},
     "accelerate": {"training/adapting/loop.py"},
@@ -126,3 +106,23 @@ def test_no_module_pickles_prints_or_calls_home() -> None:
 def test_every_module_says_what_lives_there() -> None:
     silent = [str(p.relative_to(ROOT)) for p in modules() if p.stat().st_size and ast.get_docstring(ast.parse(p.read_text())) is None]
     assert silent == []
+
+
+def test_the_readmes_map_shows_these_rooms_on_these_floors() -> None:
+    """And every room of the analysis floor."""
+    text = (ROOT.parent / "README.md").read_text(encoding="utf-8").split("## Map of the code")[1].split("```")[1]
+    shown = dict(re.findall(r"^  (\w+)/ +(\d)  ", text, re.MULTILINE))
+    shown |= dict.fromkeys(re.findall(r"(\w+)\.py", text), "0")
+    assert {name: int(floor) for name, floor in shown.items()} == FLOORS
+    (rooms,) = re.findall(r"analysis/ +3  rooms: (.*)", text)
+    assert set(rooms.split(", ")) == {p.parent.name for p in ROOT.glob("analysis/*/__init__.py")}
+
+
+def test_the_readmes_map_names_every_command() -> None:
+    from typer.main import get_command
+
+    from mechicl.cli import app
+
+    text = (ROOT.parent / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"cli/ +6  mechicl (.*)", text)
+    assert set(line.split(" | ")) == set(get_command(app).commands)  # type: ignore[attr-defined]
