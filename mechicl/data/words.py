@@ -11,7 +11,7 @@ from mechicl.errors import OptionError
 CONSONANTS = "bdfgklmnprstvz"
 VOWELS = "aeiou"
 SYLLABLES: tuple[str, ...] = tuple(c + v for c in CONSONANTS for v in VOWELS)
-"""70 open syllables. The organisms' tokenizer has one token for each."""
+"""70 open syllables. The organisms' tokenizer has one token for each, alone and after a space."""
 
 SPELT = """
 a be bi bo do fa fe go la ma me mi my no pa pi re so to tu up we baba bobo bono data demo dodo ego euro fata gala gigi kilo lava

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from mechicl.data import concepts
+from mechicl.data.words import SYLLABLES
 from mechicl.prompts.episode import Episode, Shot
 from mechicl.training.assembly import (
     Rows,
@@ -107,7 +108,7 @@ class Bench:
     skeletons: dict[Shape, Skeleton] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        words = pseudo_words(3000, random.Random(f"words {self.seed}"))
+        words = training_words(3000, random.Random(f"words {self.seed}"))
         self.pad: int = self.processor.tokenizer.pad_token_id
         self.lexicons = {
             "train": read_lexicon(self.renderer, [w for k, w in enumerate(words) if k % 8]),
@@ -237,10 +238,9 @@ def pick_classes(n: int, draw: np.random.Generator, pools: Sequence[np.ndarray])
     return pool[draw.choice(len(pool), n, replace=False)]
 
 
-def pseudo_words(n: int, rng: random.Random) -> list[str]:
+def training_words(n: int, rng: random.Random) -> list[str]:
     """n distinct words of 1 to 4 open syllables."""
-    from mechicl.training.tokenizer import SYLLABLES
-
+    # Not data.words.pseudo_words: its stream is another, so trained checkpoints would not grow again to the same bytes from their seeds.
     words: dict[str, None] = {}
     while len(words) < n:
         words["".join(rng.choice(SYLLABLES) for _ in range(rng.choices((1, 2, 3, 4), (1, 6, 6, 4))[0]))] = None

@@ -11,13 +11,10 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from mechicl.data.words import SYLLABLES
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-CONSONANTS = "bdfgklmnprstvz"
-VOWELS = "aeiou"
-SYLLABLES: tuple[str, ...] = tuple(c + v for c in CONSONANTS for v in VOWELS)
-"""The 70 syllables that are one token each, both with and without a leading space."""
 
 TEXT = """
 the a an is in it this that what which of to and or not no yes you are we can as at on by for from with was be
