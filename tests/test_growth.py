@@ -73,7 +73,7 @@ def test_bad_curves_and_files_are_refused(curve: Series, tmp_path: Path) -> None
         grow([], toy_episodes(2))
     with pytest.raises(OptionError, match=r"\.json or \.parquet"):
         save_series(curve, tmp_path / "growth.csv")
-    with pytest.raises(OutputPathError, match="must be writable"):
+    with pytest.raises(OutputPathError, match="must be written"):
         save_series(curve, tmp_path / "missing" / "growth.json")
     (tmp_path / "broken.json").write_text("{}")
     for name in ("broken.json", "absent.json", "absent.parquet"):

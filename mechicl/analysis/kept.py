@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from mechicl.data.folders import Hold, append_line, write_whole
+from mechicl.data.folders import Hold, append_line, whole_file, write_whole
 from mechicl.errors import CheckpointError, OutputPathError
 
 
@@ -100,16 +100,16 @@ class KeptFolder:
         append_line(self.out / self.lines, json.dumps(line))
 
     def write_table(self, name: str, table: pd.DataFrame) -> None:
-        """Write a table, Parquet or (named so) CSV."""
-        temporary = self.out / (name + ".part")
-        try:
+        """Write a table, Parquet or (named so) CSV.
+
+        Raises:
+            OutputPathError: the disk is full or gone.
+        """
+        with whole_file(self.out / name) as path:
             if name.endswith(".csv"):
-                table.to_csv(temporary, index=False, lineterminator="\n")
+                table.to_csv(path, index=False, lineterminator="\n")
             else:
-                table.to_parquet(temporary, index=False)
-            temporary.replace(self.out / name)
-        except OSError as error:
-            raise self._unwritable(error) from error
+                table.to_parquet(path, index=False)
 
     def _unwritable(self, error: OSError) -> OutputPathError:
         return OutputPathError(

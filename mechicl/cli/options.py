@@ -182,12 +182,7 @@ def check_folder(out: Path | None) -> Path | None:
 
 
 def write_text(target: Path, text: str) -> None:
-    """Written under a temporary name, then renamed."""
-    import os
-    import tempfile
+    """Written under a temporary name, then renamed. Errors: see `write_whole`."""
+    from mechicl.data.folders import write_whole
 
-    handle, temporary = tempfile.mkstemp(prefix=".mechicl-", dir=target.parent)
-    with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, target)
+    write_whole(target, text.encode())

@@ -59,19 +59,30 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         OutputPathError: the disk is full or the folder cannot be written; a file that was there stays as it was.
     """
+    with whole_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to, for writers that want a name; flushed to the disk and renamed at the end, removed after an error.
+
+    Raises:
+        OutputPathError: the disk is full or the folder cannot be written; a file that was there stays as it was.
+    """
     temporary = path.with_name(path.name + ".part")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise OutputPathError(
             f"{path.name} must be written to {path.parent}; that failed ({error.strerror or error}). What was there is untouched: make room and resume."
         ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def append_line(path: Path, line: str) -> None:

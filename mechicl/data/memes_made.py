@@ -8,9 +8,6 @@ item has its benign confounders, as in the published set: the same text with ano
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -20,12 +17,13 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import Image
 
+from mechicl.data.folders import fresh_folder
 from mechicl.data.looks import FILLS, KINDS, class_ids, signatures
 from mechicl.data.memes import LABELS
 from mechicl.data.paint import draw_pictures
 from mechicl.data.strokes import FORMS
 from mechicl.data.words import pseudo_words
-from mechicl.errors import OptionError, OutputPathError
+from mechicl.errors import OptionError
 from mechicl.prompts.episode import Shot
 
 Words = Literal["plain", "made-up"]
@@ -142,26 +140,10 @@ def write_memes(
         raise OptionError(
             f"sizes must name lists train*, dev* or test*, and hide some of them; got {list(sizes)} and {list(hide)}. Rename them."
         )
-    target = Path(folder).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise OutputPathError(f"folder must be new or empty; {target} is not. Choose another, or remove it.")
-    made = draw_memes(sizes, size=size, seed=seed, words=words, n_things=n_things)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise OutputPathError(f"folder must be writable; {target} is not ({error.strerror}). Choose another.") from error
-    try:
+    with fresh_folder(folder) as temporary:
+        made = draw_memes(sizes, size=size, seed=seed, words=words, n_things=n_things)
         _write(temporary, made, sizes, set(hide), {"seed": seed, "size": size, "words": words, "n_things": n_things})
-        temporary.chmod(0o755)
-        if target.exists():
-            target.rmdir()
-        os.replace(temporary, target)
-    except OSError as error:
-        raise OutputPathError(f"folder must be writable; {target} is not ({error.strerror}). Choose another.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target
+    return Path(folder).expanduser()
 
 
 def _write(folder: Path, made: MadeSet, sizes: Mapping[str, int], hide: set[str], options: Mapping[str, object]) -> None:

@@ -19,7 +19,8 @@ from safetensors.numpy import load, save
 
 import mechicl.results
 from mechicl.analysis.kept import KeptFolder
-from mechicl.errors import CheckpointError, OutputPathError
+from mechicl.data.folders import write_whole
+from mechicl.errors import CheckpointError
 
 PARTS = "parts"
 
@@ -62,18 +63,11 @@ class StudyFolder(KeptFolder):
         text = json.dumps({"seconds": seconds, "value": pack(value, arrays)}) + "\n"
         try:
             path.parent.mkdir(exist_ok=True)
-            for target, data in (
-                (path.with_suffix(".safetensors"), save(arrays)),
-                (path, text.encode()),
-            ):  # the part counts once its JSON is there
-                part = target.with_name(target.name + ".part")
-                part.write_bytes(data)
-                part.replace(target)
         except OSError as error:
-            raise OutputPathError(
-                f"out must be a folder that can be written; got {self.out} ({error.strerror or error}). Make room: finished parts are kept."
-            ) from error
-        return value, seconds  # fmt: skip
+            raise self._unwritable(error) from error
+        write_whole(path.with_suffix(".safetensors"), save(arrays))
+        write_whole(path, text.encode())  # the part counts once its JSON is there
+        return value, seconds
 
 
 class Memory:

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from mechicl.analysis.kept import KeptFolder
 from mechicl.analysis.spread.work import Part
-from mechicl.errors import CheckpointError, OutputPathError
+from mechicl.data.folders import write_whole
+from mechicl.errors import CheckpointError
 
 
 class ShardFolder(KeptFolder):
@@ -55,14 +56,7 @@ class ShardFolder(KeptFolder):
             OutputPathError: the disk is full or gone.
         """
         name = f"{key[:16]}-{shard:05d}.safetensors"
-        temporary = self.out / (name + ".part")
-        try:
-            save_file({k: np.ascontiguousarray(v) for k, v in part.arrays.items()}, temporary)
-            temporary.replace(self.out / name)
-        except (OSError, SafetensorError) as error:
-            raise OutputPathError(
-                f"out must be a folder that can be written; got {self.out} ({error}). Make room: finished shards are kept."
-            ) from error
+        write_whole(self.out / name, save({k: np.ascontiguousarray(v) for k, v in part.arrays.items()}))
         self.add_line(
             {"job": key, "shard": shard, "file": name, "arrays": list(part.arrays), "said": dict(part.said), "notes": list(part.notes)}
         )

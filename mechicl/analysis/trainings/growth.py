@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +16,8 @@ import pandas as pd
 from mechicl.analysis.feed import Data, check_data, provenance
 from mechicl.analysis.heads.scoring import score_heads
 from mechicl.analysis.icl import icl_accuracy
-from mechicl.errors import CheckpointError, OptionError, OutputPathError
+from mechicl.data.folders import whole_file
+from mechicl.errors import CheckpointError, OptionError
 from mechicl.results import Estimate, HeadScores, Provenance, Series
 
 GROWN = ("induction", "ila", "previous_token")
@@ -136,22 +136,17 @@ def save_series(result: Series, path: str | os.PathLike[str]) -> Path:
         "steps": [int(step) for step in result.steps], "unit": result.unit, "n": result.n, "stages": [list(stage) for stage in result.stages],
         "provenance": asdict(result.provenance),
     }  # fmt: skip
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=".mechicl-", suffix=target.suffix, dir=target.parent)
-        os.close(handle)
+    with whole_file(target) as temporary:
         if target.suffix == ".json":
             parts = {
                 part: {name: [float(x) for x in column] for name, column in getattr(result, part).items()}
                 for part in ("values", "low", "high")
             }
-            Path(temporary).write_text(json.dumps(head | parts, indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(head | parts, indent=1) + "\n", encoding="utf-8")
         else:
             frame = result.to_frame().astype({"low": "float64", "high": "float64"})
             frame.attrs["mechicl"] = json.dumps(head)
             frame.to_parquet(temporary, index=False)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise OutputPathError(f"path must be writable; {target} is not ({error.strerror}). Choose another folder.") from error
     return target
 
 

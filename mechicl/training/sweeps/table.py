@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from mechicl.data.folders import whole_file
 from mechicl.errors import CheckpointError
 from mechicl.training.sweeps.cells import Cell
 from mechicl.training.sweeps.work import META
@@ -28,6 +29,7 @@ def write_results(target: Path, cells: Sequence[Cell], names: Sequence[str], fol
 
     Raises:
         CheckpointError: a cell's table is damaged, or a setting is called as a measure is.
+        OutputPathError: see `whole_file`.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -45,12 +47,10 @@ def write_results(target: Path, cells: Sequence[Cell], names: Sequence[str], fol
     made = {"spec": spec, "finished": len(cells), "seconds": round(sum(one.get("seconds", 0.0) for one in about), 1)}
     made["versions"] = sorted({f"{name} {version}" for one in about for name, version in one.get("versions", {}).items()})
     schema = pa.schema([*kinds.items(), *((name, pa.float64()) for name in measures)], metadata={META: json.dumps(made).encode()})
-    temporary = target.with_name(target.name + ".part")
-    with pq.ParquetWriter(temporary, schema) as writer:
+    with whole_file(target) as path, pq.ParquetWriter(path, schema) as writer:
         for cell in cells:
             table = _with_settings(cell, names, tables[cell.id], schema)
             writer.write_table(table, row_group_size=max(table.num_rows, 1))
-    temporary.replace(target)
 
 
 def _with_settings(cell: Cell, names: Sequence[str], table: pa.Table, schema: pa.Schema) -> pa.Table:
