@@ -60,7 +60,7 @@ def test_gradients_equal_plain_autograd_through_a_toy() -> None:
     at = model._setting(torch.arange(6)[None], torch.ones(6, 6, dtype=torch.bool).tril()[None, None])
     for block in model.blocks:
         stream, _ = block(stream, at)
-    metric = difference(model._logits(stream[:, -1:]))
+    metric = difference(model.logits_of(stream[:, -1:]))
     (expected,) = torch.autograd.grad(metric.sum(), embed)
     assert torch.allclose(found.gradients["hook_embed"], expected, atol=1e-6)
     assert torch.allclose(found.metric, metric.detach(), atol=1e-6)

@@ -85,7 +85,7 @@ def by_hand(model: ToyTransformer, pairs: Pairs, mask: np.ndarray) -> Tensor:
             for kind in "qkv":
                 x = stream(Receiver(kind, layer, head))  # type: ignore[arg-type]
                 normed = x if block.ln1 is None else block.ln1(x)
-                parts.append(block.attn._project(normed, kind.upper()))
+                parts.append(block.attn.project(normed, kind.upper()))
             z = block.attn.attend(*parts, at["setting"])[0] * eye[head][None, None, :, None]
             heads.append(torch.einsum("bphd,hdm->bpm", z, block.attn.W_O))
         new += heads
@@ -93,7 +93,7 @@ def by_hand(model: ToyTransformer, pairs: Pairs, mask: np.ndarray) -> Tensor:
             x = stream(Receiver("mlp", layer))
             new.append(block.mlp(x if block.ln2 is None else block.ln2(x)))
     last = stream(Receiver("logits", graph.n_layers))
-    return model._logits(last[torch.arange(pairs.n), pairs.clean.query_pos][:, None])
+    return model.logits_of(last[torch.arange(pairs.n), pairs.clean.query_pos][:, None])
 
 
 TOYS: dict[str, dict[str, Any]] = {
@@ -202,7 +202,7 @@ def test_a_single_edge_is_a_path_patch() -> None:
     change = (clean[name] - corrupt[name])[:, :, 0] @ MODEL.blocks[1].attn.W_O[0]  # type: ignore[union-attr]
     last = clean["blocks.1.hook_resid_post"] - change
     with torch.no_grad():
-        expected = MODEL._logits(last[torch.arange(PAIRS.n), PAIRS.clean.query_pos][:, None])
+        expected = MODEL.logits_of(last[torch.arange(PAIRS.n), PAIRS.clean.query_pos][:, None])
     torch.testing.assert_close(found, expected, atol=CLOSE, rtol=CLOSE)
 
 
@@ -231,7 +231,7 @@ def test_with_means_no_edges_is_the_unembedded_mean_and_all_edges_the_clean_run(
     _, corrupt = MODEL.run_with_cache(PAIRS.corrupt)
     mean = corrupt["blocks.1.hook_resid_post"].mean(0)[-1]
     with torch.no_grad():
-        torch.testing.assert_close(none[0, 0], MODEL._logits(mean), atol=CLOSE, rtol=CLOSE)
+        torch.testing.assert_close(none[0, 0], MODEL.logits_of(mean), atol=CLOSE, rtol=CLOSE)
         torch.testing.assert_close(none[0], none[1], atol=CLOSE, rtol=CLOSE)
 
 

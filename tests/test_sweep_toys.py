@@ -6,17 +6,18 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from mechicl.cli import app
 from mechicl.errors import OptionError
-from mechicl.training.runs import same_tensors
 from mechicl.training.sweeps import sweep
 from mechicl.training.sweeps.cells import cells, read_spec
 from mechicl.training.sweeps.cost import outlook
@@ -39,6 +40,11 @@ L = 8
 [grid]
 K = [16, 32]
 """
+
+
+def same_tensors(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two sets of tensors are equal bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def toys(spec: dict[str, Any]) -> list[Any]:

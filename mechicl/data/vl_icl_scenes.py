@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-Attribute = Literal["shape", "size", "material", "color"]
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "shape": ("cube", "sphere", "cylinder"),
     "size": ("large", "small"),

@@ -26,8 +26,6 @@ __all__ = ["ActivationCache", "HookPoint", "Hooked", "HookedConfig", "HookedMode
 RowReducer = Callable[[int, Tensor, Tensor], Any]
 """(layer, dest positions [n] or [batch, n], attention [batch, head, n, src]) -> whatever is to be kept."""
 
-HookList = Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]
-
 
 @dataclass(frozen=True)
 class HookedConfig:

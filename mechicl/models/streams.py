@@ -66,7 +66,7 @@ def read(model: Any, layer: int, kind: Kind | str, stream: Float[Tensor, "batch 
     _able(model, layer, kind)
     if isinstance(model, ToyTransformer):
         block = model.blocks[layer]
-        return block.attn._project(_toy_norm(block.ln1, stream), kind.upper())  # type: ignore[union-attr, operator]
+        return block.attn.project(_toy_norm(block.ln1, stream), kind.upper())  # type: ignore[union-attr, operator]
     part: LayerAnatomy = model.anatomy.layers[layer]
     normed = stream if part.ln1 is None else part.ln1(stream)
     return _project(part, kind, normed)
@@ -83,7 +83,7 @@ def mlp(model: Any, layer: int, stream: Float[Tensor, "batch pos d_model"]) -> F
     _able(model, layer, "mlp")
     if isinstance(model, ToyTransformer):
         block = model.blocks[layer]
-        return toy_fast._feed(block.mlp, block.ln2, stream)  # type: ignore[union-attr, arg-type]
+        return toy_fast.feed(block.mlp, block.ln2, stream)  # type: ignore[union-attr, arg-type]
     return run_mlp(model.anatomy.layers[layer], stream)
 
 
@@ -143,7 +143,7 @@ def _toy_norm(norm: Any, x: Tensor) -> Tensor:
     """A toy's norm without its hook points."""
     if norm is None:
         return x
-    x = toy_fast._normed(norm, x) * norm.w
+    x = toy_fast.normed(norm, x) * norm.w
     return x + norm.b if norm.centred else x
 
 

@@ -30,8 +30,6 @@ ORDER = (
 the tokens before a label may be those that a previous-token head reads. close: those after a label, up to the next item. glue: the template's other tokens. last
 token: the one that predicts the answer, with the answer's own tokens where a metric appends them."""
 
-PICTURE_PARTS = ("image",)
-
 
 def span_groups(batch: Batch, by: By = "span") -> dict[str, Bool[Tensor, "batch pos"]]:
     """Groups of tokens, each with the positions that belong to it; every token but padding is in exactly one.

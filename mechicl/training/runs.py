@@ -223,8 +223,3 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def write_text(path: Path, text: str) -> None:
     """Write under a temporary name, flush, rename. Errors: see `write_whole`."""
     write_whole(path, text.encode())
-
-
-def same_tensors(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Whether two sets of tensors are equal bit for bit."""
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

@@ -74,7 +74,7 @@ class ToyRunner(Runner):
         return self._feed(part, x)
 
     def unembed(self, x: Tensor) -> Tensor:
-        return self.model._logits(x)
+        return self.model.logits_of(x)
 
     def _before(self, layer: int, start: int, stop: int) -> KeysValues:
         keys, values = self.past[layer]
@@ -88,9 +88,9 @@ class ToyRunner(Runner):
             if letter not in which:
                 out.append(None)
                 continue
-            value = getattr(attn, f"hook_{letter.lower()}")(attn._project(normed, letter))
+            value = getattr(attn, f"hook_{letter.lower()}")(attn.project(normed, letter))
             if turning is not None and letter != "V":
-                value = getattr(attn, f"hook_rot_{letter.lower()}")(attn._turn(value, turning))
+                value = getattr(attn, f"hook_rot_{letter.lower()}")(attn.turn(value, turning))
             out.append(value)
         return out
 
@@ -158,8 +158,8 @@ def record_toy(model: ToyTransformer, batch: Any, positions: Tensor, keep: Any) 
     handle = model.blocks[0].register_forward_pre_hook(lambda _, args: setting.append(args[1]))
     try:
         with model.hooks(fwd_hooks=hooks):
-            final, _ = model._run(batch)
-            logits = model._logits(final.gather(1, positions[..., None].expand(-1, -1, final.shape[-1])))
+            final, _ = model.run_blocks(batch)
+            logits = model.logits_of(final.gather(1, positions[..., None].expand(-1, -1, final.shape[-1])))
     finally:
         handle.remove()
     past = [(k.transpose(1, 2), v.transpose(1, 2)) for k, v in zip(keys, values, strict=True)]

@@ -26,16 +26,16 @@ from mechicl.models.toys.positions import turn_interleaved_bug
 def block(part: ToyBlock, x: Float[Tensor, "batch pos d_model"], at: Setting) -> Float[Tensor, "batch pos d_model"]:
     """The stream after a block."""
     x = x + _attend(part.attn, part.ln1, x, at)
-    return x if part.mlp is None else x + _feed(part.mlp, part.ln2, x)
+    return x if part.mlp is None else x + feed(part.mlp, part.ln2, x)
 
 
 def last_block(part: ToyBlock, x: Float[Tensor, "batch pos d_model"], at: Setting) -> Float[Tensor, "batch d_model"]:
     """The stream after a block, at the last position."""
     end = x[:, -1] + _attend_from_the_last(part.attn, part.ln1, x, at)
-    return end if part.mlp is None else end + _feed(part.mlp, part.ln2, end)
+    return end if part.mlp is None else end + feed(part.mlp, part.ln2, end)
 
 
-def _normed(norm: ToyNorm | None, x: Tensor) -> Tensor:
+def normed(norm: ToyNorm | None, x: Tensor) -> Tensor:
     """x after the norm, before its weights."""
     if norm is None:
         return x
@@ -84,7 +84,7 @@ def _heads(attn: ToyAttention, norm: ToyNorm | None, x: Tensor, letter: str, at:
 
 
 def _attend(attn: ToyAttention, norm: ToyNorm | None, x: Tensor, at: Setting) -> Float[Tensor, "batch pos d_model"]:
-    x = _normed(norm, x)
+    x = normed(norm, x)
     q, k, v = (_heads(attn, norm, x, letter, at).transpose(1, 2) for letter in "QKV")
     scores = q @ k.transpose(-1, -2) * attn.cfg.score_scale  # not torch's fused attention: it has no rule for vmap
     if at.bias is not None:
@@ -94,7 +94,7 @@ def _attend(attn: ToyAttention, norm: ToyNorm | None, x: Tensor, at: Setting) ->
 
 
 def _attend_from_the_last(attn: ToyAttention, norm: ToyNorm | None, x: Tensor, at: Setting) -> Float[Tensor, "batch d_model"]:
-    x = _normed(norm, x)
+    x = normed(norm, x)
     q = _heads(attn, norm, x[:, -1:], "Q", at)  # [batch, 1, head, d_head]
     if attn.cfg.rotary:
         scores = (q * _heads(attn, norm, x, "K", at)).sum(-1).transpose(1, 2)  # [batch, head, src]
@@ -122,8 +122,9 @@ def _out(attn: ToyAttention, z: Float[Tensor, "*batch heads"]) -> Float[Tensor, 
     return z @ attn.W_O.flatten(0, 1) if attn.cfg.output_projection else z
 
 
-def _feed(mlp: ToyMLP, norm: ToyNorm | None, x: Tensor) -> Tensor:
-    x = _normed(norm, x)
+def feed(mlp: ToyMLP, norm: ToyNorm | None, x: Tensor) -> Tensor:
+    """What the MLP adds to x."""
+    x = normed(norm, x)
     if mlp.kind == "silu":
         return functional.silu(_linear(norm, x, mlp.W_in)) @ mlp.W_out
     if mlp.kind == "gelu":

@@ -91,7 +91,7 @@ class ToyTransformer(ToyWeights, Hooked):
 
     def forward(self, batch: Given, *, positions: Any = "last") -> Float[Tensor, "batch n vocab"]:
         """Logits at the asked positions: "last" (n = 1), "all", or a LongTensor [n] or [batch, n]."""
-        stream, _ = self._run(batch)
+        stream, _ = self.run_blocks(batch)
         if isinstance(positions, str):
             if positions not in ("last", "all"):
                 raise OptionError(
@@ -100,7 +100,7 @@ class ToyTransformer(ToyWeights, Hooked):
             where = self._last(batch) if positions == "last" else None
         else:
             where = self._checked(batch, positions)
-        return self._logits(stream if where is None else _take(stream, where))
+        return self.logits_of(stream if where is None else _take(stream, where))
 
     def classify(
         self,
@@ -143,14 +143,15 @@ class ToyTransformer(ToyWeights, Hooked):
         *earlier, last = cast(Sequence[ToyBlock], self.blocks)
         for part in earlier:
             stream = toy_fast.block(part, stream, at)
-        return self._logits(toy_fast.last_block(last, stream, at))
+        return self.logits_of(toy_fast.last_block(last, stream, at))
 
-    def _logits(self, stream: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
+    def logits_of(self, stream: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
+        """The final norm and the classifier."""
         if self.ln_final is not None:
             stream = self.ln_final(stream)
         return stream @ self.W_U if self.cfg.classifier == "linear" else self.classifier(stream)
 
-    def _run(self, batch: Given, keep: Any = None) -> tuple[Tensor, list[Any]]:
+    def run_blocks(self, batch: Given, keep: Any = None) -> tuple[Tensor, list[Any]]:
         """The stream after the last block, and for each layer what `keep(layer, pattern)` returned."""
         inputs = inputs_of(batch)
         mask = self._mask(inputs)
@@ -277,7 +278,7 @@ class ToyTransformer(ToyWeights, Hooked):
             rows = _take(pattern.transpose(1, 2), where).transpose(1, 2)
             return rows if reduce is None else [reduce(layer, where, rows)]
 
-        return self._run(batch, keep)[1]
+        return self.run_blocks(batch, keep)[1]
 
     @property
     def renderer(self) -> Any:

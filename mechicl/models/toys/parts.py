@@ -77,7 +77,7 @@ class ToyAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch pos d_model"], at: Setting) -> tuple[Tensor, Tensor]:
         """Output [batch, pos, d_model] and the pattern [batch, head, dest, src]."""
-        q, k, v = self.hook_q(self._project(x, "Q")), self.hook_k(self._project(x, "K")), self.hook_v(self._project(x, "V"))
+        q, k, v = self.hook_q(self.project(x, "Q")), self.hook_k(self.project(x, "K")), self.hook_v(self.project(x, "V"))
         z, pattern = self.attend(q, k, v, at)
         return torch.einsum("bqhd,hdm->bqm", z, self.W_O), pattern
 
@@ -86,7 +86,7 @@ class ToyAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The heads' outputs z [batch, pos, head, d_head] and the pattern, from queries and keys before RoPE."""
         if self.cfg.rotary:
-            q, k = self.hook_rot_q(self._turn(q, at)), self.hook_rot_k(self._turn(k, at))
+            q, k = self.hook_rot_q(self.turn(q, at)), self.hook_rot_k(self.turn(k, at))
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * self.cfg.score_scale
         if at.bias is not None:
             scores = scores + at.bias
@@ -94,12 +94,14 @@ class ToyAttention(nn.Module):
         pattern = self.hook_pattern(scores.softmax(-1))
         return self.hook_z(torch.einsum("bhqk,bkhd->bqhd", pattern, v)), pattern
 
-    def _project(self, x: Tensor, letter: str) -> Float[Tensor, "batch n head d_head"]:
+    def project(self, x: Tensor, letter: str) -> Float[Tensor, "batch n head d_head"]:
+        """x through W_Q, W_K or W_V, with its bias where there is one."""
         weight: Tensor = getattr(self, f"W_{letter}")
         out = (x @ weight.transpose(0, 1).flatten(1)).unflatten(-1, weight.shape[::2])
         return out + getattr(self, f"b_{letter}") if self.cfg.qkv_bias else out
 
-    def _turn(self, x: Tensor, at: Setting) -> Tensor:
+    def turn(self, x: Tensor, at: Setting) -> Tensor:
+        """Queries or keys turned to their places."""
         assert at.cos is not None
         assert at.sin is not None
         how = turn_interleaved_bug if self.cfg.positions == "rope_interleaved_bug" else turn
