@@ -73,7 +73,7 @@ def lcl(
         one_of("renamed", renamed, ("swap", "outside", "novel"))
     counts, folder = parse_shots(shots), check_folder(out)
     bundled = model == "demo"
-    found, given = _data(data, protocol, max(*counts, at if corruption or position else 1), held_out, size, seed)
+    found, given = read_data(data, protocol, max(*counts, at if corruption or position else 1), held_out, size, seed)
     if given and labels not in ("auto", "own"):
         raise OptionError(f"labels must be own for a published list, which names its classes; got {labels!r}. Leave --labels away.")
     from mechicl.data import link_context
@@ -131,7 +131,7 @@ def parse_shots(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in parts}))
 
 
-def _data(data: str, protocol: str, shots: int, held_out: Path | None, size: int, seed: int) -> tuple[Any, bool]:
+def read_data(data: str, protocol: str, shots: int, held_out: Path | None, size: int, seed: int) -> tuple[Any, bool]:
     """A pool, or the questions of a published list; and whether it is the latter."""
     from mechicl.data.link_context import generated_pool
 

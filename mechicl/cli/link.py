@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mechicl.cli.eval import HeldOut, _data
+from mechicl.cli.eval import HeldOut, read_data
 from mechicl.cli.options import BatchSize, Device, Dtype, Model, Quiet, Seed, Size, Trust, check_folder, load_model, one_of, write_text
 from mechicl.errors import OptionError
 
@@ -78,7 +78,7 @@ def _episodes(data: str, n: int, shots: int, prompt: str, held_out: Path | None,
     if data == "generated":
         pool: Any = link_context.generated_pool(seed + 1, 10, max(8, shots + 2), size, split="held_out", names="made-up")
     else:
-        pool, _ = _data(data, "class-folders", shots, held_out, size, seed)
+        pool, _ = read_data(data, "class-folders", shots, held_out, size, seed)
     return link_context.link_episodes(pool, n, shots=shots, prompt=words, seed=seed)
 
 
