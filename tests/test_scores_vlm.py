@@ -13,7 +13,9 @@ from torch import Tensor
 from mechicl.analysis.ablation.ablate import ablate
 from mechicl.analysis.heads.scoring import attention_by_role, score_heads
 from mechicl.analysis.icl import icl_accuracy
+from mechicl.analysis.layout import count_shots, layout, place_group
 from mechicl.models.vlm import HookedVLM
+from mechicl.prompts.align import span_groups
 from mechicl.prompts.episode import Episode, Shot
 from mechicl.training.organisms import build
 
@@ -102,6 +104,15 @@ def test_masses_by_role_agree_with_eager_attention_and_sum_to_one(pair: tuple[Ho
         mask = batch.mask("image", right=True)[0]
         expected += np.stack([layer[:, -1, mask].sum(-1).numpy() for layer in layers]) / len(data)
     assert found.value[..., found.spans.index("right image")] == pytest.approx(expected, abs=1e-5)
+
+
+def test_roles_are_the_groups_of_patching_but_for_two_that_are_coarser(pair: tuple[HookedVLM, Any]) -> None:
+    batch = pair[0].render(episodes())
+    groups, sorted_in = span_groups(batch), layout(batch, count_shots(batch))
+    for name, parts in {"question": ("right question", "wrong question"), "query question": ("query question",), "instruction": ("instruction",),
+                        "glue": ("right open", "wrong open", "query open", "last token", "glue")}.items():  # fmt: skip
+        expected = torch.stack([groups.get(part, torch.zeros_like(batch.mask("label"))) for part in parts]).any(0)
+        assert torch.equal(sorted_in.group == place_group(name, sorted_in.n_shots), expected), name
 
 
 def test_accuracy_is_that_of_the_plain_model_one_candidate_at_a_time(pair: tuple[HookedVLM, Any]) -> None:

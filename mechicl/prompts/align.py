@@ -1,7 +1,8 @@
 """Which tokens of two prompts belong together: groups of tokens that every episode has, and the way from one prompt's positions to another's.
 
-Groups are named as `attention_by_role` names them ("right label", "query image", "instruction", "glue", ...); a group holds the tokens of all its
-exemplars, so that prompts with other orders and lengths have the same groups.
+A group ("right label", "query image", "instruction", "glue", ...) holds the tokens of all its exemplars, so that prompts with other orders and lengths have the same groups.
+`attention_by_role` names them alike, but is coarser in two: its "question" is right question and wrong question, its "glue" right open, wrong open, query open, last token
+and glue.
 """
 
 from __future__ import annotations

@@ -142,6 +142,9 @@ def attention_by_role(
     Spans: right and wrong exemplars' labels, the tokens that close their turns, pictures and texts; the query's picture and text; questions, instruction, glue; and "sink", the first
     token, taken out of its own kind. Kinds that no prompt has are left out. Masses of one head sum to one (less what a sink without a token takes).
 
+    Under the names of `prompts.align.span_groups`, "question" is right question and wrong question, and "glue" is right open, wrong open, query open, last token and glue; the
+    other names are the same.
+
     Raises:
         EpisodeError: no data, no shots, one class only.
         NotFiniteError: attention is NaN.

@@ -1,1 +1,1 @@
-"""Fine-tuning a vision-language model on episodes."""
+"""Fine-tuning a given vision-language model on episodes, with adapters or whole; `training.vlm` grows one from nothing."""
