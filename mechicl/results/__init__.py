@@ -32,17 +32,8 @@ from mechicl.results.factors import ConditionRow, ConditionTable, Decomposition,
 from mechicl.results.heads import HeadScores, PromptView, RoleAttention, Score
 from mechicl.results.heads_at_odds import HeadsAtOdds, OddsContrast, OddsCost, OddsRow, OddsSetting
 from mechicl.results.link import LinkBaseline, LinkChange, LinkCost, LinkPrior, LinkPriorRow, LinkScore, LinkScores
-from mechicl.results.link_circuit import (
-    Adapted,
-    BuildOrSharpen,
-    Carried,
-    Graft,
-    LinkCircuit,
-    LinkHead,
-    LinkOverlap,
-    LinkPriors,
-    PriorShift,
-)
+from mechicl.results.link_built import Adapted, BuildOrSharpen, Graft, LinkHead, LinkOverlap, LinkPriors, PriorShift
+from mechicl.results.link_circuit import Carried, LinkCircuit
 from mechicl.results.margin import ContrastMap, ContrastMargin, MarginEffect, MarginPart
 from mechicl.results.nodes import Edge, Receiver, Sender
 from mechicl.results.patching import PatchCost, PatchEffects, SiteEffects, Transplant, TransplantRow

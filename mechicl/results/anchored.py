@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from mechicl.errors import OptionError
-from mechicl.results.base import Estimate, Provenance, Skipped
+from mechicl.results.base import Estimate, Provenance, Skipped, columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,9 +78,9 @@ class Strategies:
         for row in self.rows:
             found: dict[str, object] = {"strategy": row.strategy, "kind": row.kind, "shots": row.shots}
             for name in ("accuracy", "auroc", "f1"):
-                found |= _columns(name, getattr(row, name))
+                found |= columns(name, getattr(row, name))
             for name in ("accuracy_change", "auroc_change", "f1_change"):
-                found |= _columns(name, getattr(row, name))
+                found |= columns(name, getattr(row, name))
             rows.append({**found, "mcnemar_p": row.mcnemar_p, "holm_p": row.holm_p, "positive_share": row.positive_share, "n": self.n})
         return pd.DataFrame(rows)
 
@@ -96,12 +96,3 @@ class Strategies:
             for row in self.rows
         ]  # fmt: skip
         return pd.concat(parts, ignore_index=True)
-
-
-def _columns(name: str, e: Estimate | None) -> dict[str, float]:
-    nan = float("nan")
-    return {
-        name: e.value if e else nan,
-        f"{name}_low": e.low if e else nan,
-        f"{name}_high": e.high if e else nan,
-    }

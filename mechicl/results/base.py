@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 Head = tuple[int, int]
 """(layer, head), both counted from 0."""
@@ -46,3 +49,15 @@ class Estimate:
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] (n={self.n})"
+
+
+def columns(name: str, e: Estimate | None) -> dict[str, float]:
+    """A number and its interval as columns of a table; NaN where there is none."""
+    if e is None:
+        e = Estimate(math.nan, math.nan, math.nan, 0)
+    return {name: e.value, f"{name}_low": e.low, f"{name}_high": e.high}
+
+
+def mean_or_nan(values: np.ndarray) -> float:
+    """The mean; NaN of nothing."""
+    return float(np.mean(values)) if len(values) else math.nan

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from mechicl.errors import OptionError
-from mechicl.results.base import Estimate, Provenance, Skipped
+from mechicl.results.base import Estimate, Provenance, Skipped, columns
 
 NAN = float("nan")
 OUTCOMES = ("right", "other", "both", "neither")
@@ -164,21 +164,21 @@ class LinkScores:
         for k, row in enumerate(self.rows):
             common = {"setting": row.setting, "x": row.x, "shots": row.shots}
             if row.accuracy is not None:
-                found = _columns("accuracy", row.accuracy) | _columns("positive_recall", row.positive_recall)
-                found |= _columns("negative_recall", row.negative_recall) | {name: e.value for name, e in row.outcomes.items()}
+                found = columns("accuracy", row.accuracy) | columns("positive_recall", row.positive_recall)
+                found |= columns("negative_recall", row.negative_recall) | {name: e.value for name, e in row.outcomes.items()}
                 rows.append({**common, "way": "written", **found, "n": self.n})
-            found = _columns("accuracy", row.likelihood) | _columns("positive_recall", row.likelihood_positive_recall)
-            found |= _columns("negative_recall", row.likelihood_negative_recall) | _columns("margin_nats", row.margin)
+            found = columns("accuracy", row.likelihood) | columns("positive_recall", row.likelihood_positive_recall)
+            found |= columns("negative_recall", row.likelihood_negative_recall) | columns("margin_nats", row.margin)
             if row.follows is not None:
-                found |= _columns("follows", row.follows)
+                found |= columns("follows", row.follows)
             rows.append({**common, "way": "likelihood", **found, "n": self.n})
-            rows += [{**common, "way": b.name, **_columns("accuracy", b.accuracy[k]), "n": b.accuracy[k].n} for b in self.baselines]
+            rows += [{**common, "way": b.name, **columns("accuracy", b.accuracy[k]), "n": b.accuracy[k].n} for b in self.baselines]
         return pd.DataFrame(rows)
 
     def changes_frame(self) -> pd.DataFrame:
         """One row per paired test."""
         return pd.DataFrame(
-            [{"measure": c.measure, "a": c.a, "b": c.b, **_columns("change", c.change), "mcnemar_p": c.mcnemar_p, "holm_p": c.holm_p, "n": c.change.n}
+            [{"measure": c.measure, "a": c.a, "b": c.b, **columns("change", c.change), "mcnemar_p": c.mcnemar_p, "holm_p": c.holm_p, "n": c.change.n}
              for c in self.changes],
             columns=["measure", "a", "b", "change", "change_low", "change_high", "mcnemar_p", "holm_p", "n"],
         )  # fmt: skip
@@ -274,12 +274,8 @@ class LinkPrior:
         for row in self.rows:
             found: dict[str, object] = {"names": row.names, "shots": row.shots}
             for name in ("link", "prior", "other"):
-                found |= _columns(name, getattr(row, name))
-            found |= _columns("preference_nats", row.preference) | _columns("gain_nats", row.gain)
+                found |= columns(name, getattr(row, name))
+            found |= columns("preference_nats", row.preference) | columns("gain_nats", row.gain)
             found |= {"p": row.p, "holm_p": row.holm_p, "gain_p": row.gain_p} | {f"written_{k}": e.value for k, e in row.written.items()}
             rows.append({**found, "n": self.n})
         return pd.DataFrame(rows)
-
-
-def _columns(name: str, e: Estimate | None) -> dict[str, object]:
-    return {name: NAN if e is None else e.value, f"{name}_low": NAN if e is None else e.low, f"{name}_high": NAN if e is None else e.high}

@@ -29,7 +29,7 @@ from mechicl.analysis.study import THRESHOLD
 from mechicl.errors import OptionError
 from mechicl.prompts.episode import Episode
 from mechicl.results import Adapted, BuildOrSharpen, Estimate, Graft, Head, LinkHead, LinkOverlap, Skipped
-from mechicl.results.link_circuit import Recipient, Was
+from mechicl.results.link_built import Recipient, Was
 
 HALF = 0.5
 """Share of its present score that a head must have had in the base to have "had it"."""
