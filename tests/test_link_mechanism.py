@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mechicl.analysis.link.head_weights import PARTS, check_pair, grafted, shared_heads
-from mechicl.analysis.link.mechanism import ENOUGH, draws_beside, halves, link_circuit
+from mechicl.analysis.link.mechanism import ENOUGH, halves, link_circuit
+from mechicl.analysis.link.mechanism_carry import draws_beside
 from mechicl.analysis.link.mechanism_compare import build_or_sharpen, judge
 from mechicl.analysis.link.mechanism_prior import link_priors, renamed
 from mechicl.data.link_context import SHORT, generated_pool, link_episodes

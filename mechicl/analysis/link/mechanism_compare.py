@@ -19,7 +19,8 @@ from mechicl.analysis.ablation.verdict import ALPHA
 from mechicl.analysis.agreement import chance_overlap, correlation, ranks
 from mechicl.analysis.feed import progress_bar, provenance
 from mechicl.analysis.link.head_weights import PARTS, check_pair, shared_heads
-from mechicl.analysis.link.mechanism import ROLES, SCORES, check, draws_beside, halves, sizes
+from mechicl.analysis.link.mechanism import ROLES, SCORES, check, halves
+from mechicl.analysis.link.mechanism_carry import draws_beside, sizes
 from mechicl.analysis.link.mechanism_evidence import Work, array, estimate
 from mechicl.analysis.link.store import digest
 from mechicl.analysis.patching.metrics import Metric

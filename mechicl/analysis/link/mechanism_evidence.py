@@ -21,7 +21,8 @@ from mechicl.analysis.icl import icl_accuracy, usable
 from mechicl.analysis.kept import KeptFolder
 from mechicl.analysis.labels import answer, predict
 from mechicl.analysis.link.head_weights import grafted
-from mechicl.analysis.link.mechanism import SCORES, draws_beside, search
+from mechicl.analysis.link.mechanism import SCORES, search
+from mechicl.analysis.link.mechanism_carry import draws_beside
 from mechicl.analysis.patching.metrics import Metric
 from mechicl.analysis.patching.store import weights
 from mechicl.analysis.statistics import bootstrap_interval
