@@ -126,6 +126,11 @@ def test_revisions_of_a_hub_model_are_loaded_by_name(words: list[Any], monkeypat
         return toys[revision]
 
     monkeypatch.setattr(places_module, "load", load)
+    looked_up = []
+    monkeypatch.setattr(
+        "mechicl.analysis.comparison.checkpoints.check_model",
+        lambda source, *, revision, **more: looked_up.append((source, revision, len(asked))),
+    )
     episodes = toy_episodes(16, classes=3, shots=2)
     found = series(
         "someone/something",
@@ -135,7 +140,10 @@ def test_revisions_of_a_hub_model_are_loaded_by_name(words: list[Any], monkeypat
         top=1,
         **QUIET,
     )
-    assert asked[0] == ("someone/something", "step0", {"dtype": "float32"})
+    assert asked[0] == ("someone/something", "step0", {"dtype": "float32", "progress": False})
+    assert looked_up == [
+        ("someone/something", name, 0) for name in ("step0", "step100", "step200", "main")
+    ]  # all before the first is loaded
     assert found.names == ("step0", "step100", "step200", "main")
     assert found.series.steps.tolist() == [0, 100, 200, 400]
     assert found.series.values["induction, final heads"][0] < 0.3 < 0.9 < found.series.values["induction, final heads"][1]

@@ -18,13 +18,13 @@
     mechicl series runs/checkpoints --out runs/series
     mechicl sweep spec.toml --out runs/sweep --workers 2
 
-What can be refused is refused before a model is loaded. Numbers go to stdout, everything else to stderr; a mistake is one line and exit code 2.
+The model is --model (-m) or the command's argument, the bundled one where none is named; `compare` takes two, `series` its source. What can be refused is refused before a model is loaded. Numbers go to stdout, everything else to stderr; a mistake is one line and exit code 2.
 """
 
 from __future__ import annotations
 
 from mechicl.cli import adapt, compare, data, heads, kv, patch, report, study_heads, study_protocol, sweep, train
-from mechicl.cli.app import app, evaluation, sets, study, training
+from mechicl.cli.app import app, command, evaluation, sets, study, training
 from mechicl.cli.eval import lcl
 from mechicl.cli.eval_tasks import tasks
 from mechicl.cli.heads import parse_heads
@@ -32,25 +32,25 @@ from mechicl.cli.link import link
 
 __all__ = ["app", "parse_heads"]
 
-app.command()(report.report)
-app.command()(heads.heads)
-app.command()(heads.ablate)
-app.command()(patch.patch)
-app.command()(patch.circuit)
-app.command()(kv.kv)
-app.command()(heads.doctor)
-training.command("vlm")(train.train_vlm)
-training.command("toy")(train.train_toy)
-app.command()(sweep.sweep)
-app.command()(compare.compare)
-app.command()(compare.series)
-app.command()(adapt.adapt)
-evaluation.command("lcl")(lcl)
-evaluation.command("link")(link)
-evaluation.command("tasks")(tasks)
-sets.command("vl-icl")(data.vl_icl)
-sets.command("isekai")(data.isekai)
-sets.command("memes")(data.memes)
-sets.command("check")(data.check)
-study.command("huang2026")(study_protocol.huang2026)
-study.command("heads-at-odds")(study_heads.heads_at_odds)
+command(app, report.report)
+command(app, heads.heads)
+command(app, heads.ablate)
+command(app, patch.patch)
+command(app, patch.circuit)
+command(app, kv.kv)
+command(app, heads.doctor)
+command(training, train.train_vlm, "vlm")
+command(training, train.train_toy, "toy")
+command(app, sweep.sweep)
+command(app, compare.compare)
+command(app, compare.series)
+command(app, adapt.adapt)
+command(evaluation, lcl, "lcl")
+command(evaluation, link, "link")
+command(evaluation, tasks, "tasks")
+command(sets, data.vl_icl, "vl-icl")
+command(sets, data.isekai, "isekai")
+command(sets, data.memes, "memes")
+command(sets, data.check, "check")
+command(study, study_protocol.huang2026, "huang2026")
+command(study, study_heads.heads_at_odds, "heads-at-odds")

@@ -7,15 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from mechicl.cli.options import Device, Quiet, check_folder, one_of
+from mechicl.cli.options import Device, Model, Quiet, check_folder, one_of
 from mechicl.errors import OptionError
 
 DATA, TRAIN, LOOK = "Episodes", "Training", "Measures"
 
 
 def adapt(
-    model: Annotated[str, typer.Argument(help='"demo" (the bundled model), a folder, a folder of adapters, or a hub id.')],
     out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder.")],
+    model: Model = "demo",
     strategy: Annotated[str, typer.Option(help="2-way, 2-way-random, 2-way-weight, mix, or a name of the released code.", rich_help_panel=DATA)] = "2-way",
     pool: Annotated[str, typer.Option(help="generated, or a folder of classes (class/picture.jpg).", rich_help_panel=DATA)] = "generated",
     held_out: Annotated[Path | None, typer.Option(help="List of class folders that are kept for the probe.", rich_help_panel=DATA)] = None,

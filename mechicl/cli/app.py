@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from mechicl.errors import MechiclError
+from mechicl.errors import MechiclError, OptionError
 
 
 class Commands(TyperGroup):
@@ -38,6 +41,67 @@ sets = typer.Typer(no_args_is_help=True, help="Write small data sets in publishe
 app.add_typer(sets, name="data")
 study = typer.Typer(no_args_is_help=True, help="Run a whole study: one command, one folder, one page.")
 app.add_typer(study, name="study")
+
+
+def command(group: typer.Typer, function: Callable[..., None], name: str | None = None) -> None:
+    """Add a command to a group. Every command takes --debug, and one that has --model also takes the model as its only argument.
+
+    Args:
+        group: `app`, or one of its groups.
+        function: The command as typer takes it.
+        name: Of the command; by default the function's.
+    """
+    signature = inspect.signature(function, eval_str=True)
+    by_name = "model" in signature.parameters and signature.parameters["model"].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+    @functools.wraps(function)
+    def run(**given: Any) -> None:
+        state, arguments = given.pop("state_of_parsing"), given.pop("argument", None)
+        if given.pop("debug_here"):  # behind the command it counts as before it
+            state.find_root().params["debug"] = True
+        if arguments:
+            given["model"] = _one_model(state, arguments, given["model"])
+        function(**given)
+
+    def keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+
+    own = [part.replace(kind=inspect.Parameter.KEYWORD_ONLY) for part in signature.parameters.values()]
+    shared = [keyword("debug_here", DebugHere, False), *([keyword("argument", Argument, None)] if by_name else [])]
+    state = keyword("state_of_parsing", typer.Context, inspect.Parameter.empty)
+    run.__signature__ = signature.replace(parameters=[state, *own, *shared])  # type: ignore[attr-defined]
+    group.command(name)(run)
+
+
+def _check_argument(given: list[str] | None) -> list[str] | None:
+    """One model at most, and nothing that looks like a file to write; asked before typer complains of an option that is missing.
+
+    Raises:
+        OptionError: naming what is too much.
+    """
+    for k, text in enumerate(given or []):
+        if k or text.lower().endswith((".html", ".csv", ".png", ".json")):
+            raise OptionError(
+                f"arguments must be one model at most; got {text!r}{' beside ' + repr(given[0]) if given and k else ''}. "
+                f"To write a file or folder of that name: --out {text}."
+            )
+    return given
+
+
+def _one_model(context: Any, arguments: list[str], option: str | None) -> str:
+    """The model given as an argument.
+
+    Raises:
+        OptionError: --model names another.
+    """
+    source = context.get_parameter_source("model")
+    if source is not None and source.name == "COMMANDLINE" and option != arguments[0]:
+        raise OptionError(f"model must be given once; got {arguments[0]!r} and --model {option}. Leave one away.")
+    return arguments[0]
+
+
+Argument = Annotated[list[str] | None, typer.Argument(metavar="MODEL", show_default=False, callback=_check_argument, help="The same as --model.")]  # fmt: skip
+DebugHere = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def _version(wanted: bool | None) -> None:

@@ -33,8 +33,15 @@ Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder: keeps wha
 
 
 def compare(
-    model_a: Annotated[str, typer.Argument(help='"demo", a folder, or a hub id.')],
-    model_b: Annotated[str, typer.Argument(help="The other one; the same for --modality both.")],
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL_A MODEL_B", show_default=False, help='Each "demo", a folder, or a hub id; one twice for --modality both.'
+        ),
+    ] = None,
+    named: Annotated[
+        list[str] | None, typer.Option("--model", "-m", help="The same as an argument; give it twice.", rich_help_panel="Model")
+    ] = None,
     task: TaskName = "concepts",
     modality: Annotated[
         Modality,
@@ -62,6 +69,7 @@ def compare(
         one_of("improve", improve, _known())
         wanted = wanted if wanted is None or improve in wanted else (*wanted, improve)
     folder = check_folder(out)
+    model_a, model_b = _two([*(models or ()), *(named or ())])
     shown = draw_episodes(task, episodes, classes, shots, size, seed)
     from mechicl.analysis.comparison.compare import COMPARED
     from mechicl.analysis.comparison.compare import compare as side_by_side
@@ -92,7 +100,9 @@ def compare(
 
 
 def series(
-    source: Annotated[str, typer.Argument(help="A folder of checkpoints, or a hub id with --revisions.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="A folder of checkpoints, or a hub id with --revisions.", rich_help_panel="Model")
+    ] = None,
     revisions: Annotated[str | None, typer.Option(help="Of a hub model, separated by commas: step1000,step2000 or main=3000.")] = None,
     task: TaskName = "concepts",
     modality: Annotated[
@@ -116,13 +126,15 @@ def series(
     wanted = _scores(scores)
     named = _revisions(revisions)
     folder = check_folder(out)
+    if model is None:
+        raise OptionError("model must be given; got none. E.g. mechicl series runs/checkpoints, or --model.")
     shown = draw_episodes(task, episodes, classes, shots, size, seed)
     from mechicl.analysis.comparison.checkpoints import series as follow
     from mechicl.analysis.comparison.words import in_words
     from mechicl.analysis.trainings.growth import GROWN
 
     result = follow(
-        source, in_words(shown, seed=seed) if modality == "words" else shown, revisions=named, scores=wanted or GROWN, top=top, seed=seed, batch_size=batch_size,
+        model, in_words(shown, seed=seed) if modality == "words" else shown, revisions=named, scores=wanted or GROWN, top=top, seed=seed, batch_size=batch_size,
         task=task_name(task, classes, shots), out=folder, progress=not quiet, load_options={"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code},
     )  # fmt: skip
     table = result.series
@@ -135,6 +147,17 @@ def series(
     for note in result.notes:
         typer.echo(note, err=True)
     _write(folder, {"series.csv": result.to_frame()}, {"series.html": result})
+
+
+def _two(given: list[str]) -> tuple[str, str]:
+    """Two models.
+
+    Raises:
+        OptionError: fewer or more, by name.
+    """
+    if len(given) != 2:
+        raise OptionError(f"models must be two; got {', '.join(map(repr, given)) or 'none'}. E.g. mechicl compare demo runs/adapted/model.")
+    return given[0], given[1]
 
 
 def _known() -> list[str]:

@@ -123,12 +123,15 @@ def parse_shots(text: str) -> tuple[int, ...]:
     """ "0,2,4" -> (0, 2, 4).
 
     Raises:
-        OptionError: not numbers.
+        OptionError: not numbers, or one of them twice.
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts or not all(part.isascii() and part.isdigit() for part in parts):
         raise OptionError(f"shots must be numbers of examples of each class, separated by commas; got {text!r}. E.g. --shots 0,2,4,8,16.")
-    return tuple(sorted({int(part) for part in parts}))
+    found = [int(part) for part in parts]
+    if len(set(found)) < len(found):
+        raise OptionError(f"shots must differ; got {text!r}. Name each number once: --shots {','.join(map(str, sorted(set(found))))}.")
+    return tuple(sorted(found))
 
 
 def read_data(data: str, protocol: str, shots: int, held_out: Path | None, size: int, seed: int) -> tuple[Any, bool]:

@@ -140,7 +140,7 @@ def ablate(
 
 
 def doctor(
-    model: Annotated[str, typer.Argument(help='"demo", a folder, or a hub id.')],
+    model: Model = "demo",
     device: Device = None,
     dtype: Dtype = "auto",
     revision: Revision = None,

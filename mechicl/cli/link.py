@@ -41,6 +41,10 @@ def link(
     one_of("metric", metric, ("label_logprob", "logit_diff"))
     folder, models = check_folder(out), parse_models(adapted or [])
     asked = _episodes(data, episodes, shots, prompt, held_out, size, seed)
+    from mechicl.analysis.link.mechanism_compare import check_given
+
+    for path in models.values():
+        check_given(path)
     loaded = load_model(model, device, dtype, None, trust_remote_code, quiet)
     common: dict[str, Any] = {"metric": metric, "n_random": n_random, "seed": seed, "batch_size": batch_size, "progress": not quiet,
                               "task": f"{data if data == 'generated' else Path(data).name}, {shots} shots"}  # fmt: skip

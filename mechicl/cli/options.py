@@ -35,13 +35,19 @@ DataSource = Annotated[str | None, typer.Option("--data", help="own: a folder of
 Episodes = Annotated[int, typer.Option("--episodes", "-n", min=1, help="How many prompts.", rich_help_panel="Episodes")]
 Classes = Annotated[int, typer.Option(min=2, help="Classes in each prompt.", rich_help_panel="Episodes")]
 Shots = Annotated[int, typer.Option(min=1, help="Examples of each class.", rich_help_panel="Episodes")]
-Size = Annotated[int, typer.Option(min=8, help="Side of the pictures, pixels.", rich_help_panel="Episodes")]
+Size = Annotated[int, typer.Option(min=8, help="Side of the pictures, pixels; the README's numbers are at 28.", rich_help_panel="Episodes")]
 AnyClasses = Annotated[int | None, typer.Option("--classes", min=2, help="Classes in each prompt; by default 4 where they are drawn here, 2 in own data and open_mi.", rich_help_panel="Episodes")]  # fmt: skip
-AnySize = Annotated[int | None, typer.Option("--size", min=8, help="Side of the pictures, pixels; by default 56 where they are drawn here. Files are shrunk to it, or left as they are.", rich_help_panel="Episodes")]  # fmt: skip
+AnySize = Annotated[int | None, typer.Option("--size", min=8, help="Side of the pictures, pixels; by default 56 where they are drawn here (the README's numbers are at 28). Files are shrunk to it, or left as they are.", rich_help_panel="Episodes")]  # fmt: skip
 Seed = Annotated[int, typer.Option(min=0, help="Decides episodes, nulls, random heads.", rich_help_panel="Episodes")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Prompts per forward pass.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
-Off = Annotated[How, typer.Option("--how", help="How heads are switched off.")]
+Off = Annotated[
+    How,
+    typer.Option(
+        "--how",
+        help="How heads are switched off: zero (the paper's, and the default in Python), mean over the prompts, or another prompt's (resample).",
+    ),
+]
 
 
 def draw_episodes(
@@ -152,7 +158,7 @@ def load_model(name: str, device: str | None, dtype: str, revision: str | None, 
 
     if not quiet:
         typer.echo(f"Loading {name} ...", err=True)
-    return mechicl.load(name, device=device, dtype=dtype, revision=revision, trust_remote_code=trust, check=check)
+    return mechicl.load(name, device=device, dtype=dtype, revision=revision, trust_remote_code=trust, check=check, progress=not quiet)
 
 
 def one_of(name: str, value: str, allowed: Collection[str]) -> None:

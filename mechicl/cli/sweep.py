@@ -29,6 +29,8 @@ def sweep(
     quiet: Quiet = False,
 ) -> None:
     """Train toys over a grid of settings and seeds. Killed, it goes on where it was; exit code 1 if a cell failed."""
+    if not spec.expanduser().is_file():
+        raise OptionError(f"spec must be a TOML file; there is no file {spec}. Check the path; docs/sweeps.md has the format.")
     from mechicl.training.sweeps import sweep as sweeps
 
     workers = workers or sweeps.cores()

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mechicl.models.check import check_inputs_for, compare, tolerance
 from mechicl.models.guards import disagreement, first_overflow, watched
-from mechicl.models.probe import picture_probe
+from mechicl.models.probe import picture_probe, text_probe
+from mechicl.models.text import HookedLM
 from mechicl.models.vlm import HookedVLM
 
 
@@ -28,7 +29,7 @@ class Check:
 
 @torch.no_grad()
 def diagnose(model: HookedVLM) -> list[Check]:
-    """Every check that needs no data: parity, implementations, overflow, masks, padding, positions, the picture's effect.
+    """Every check that needs no data: parity, implementations, overflow, masks, padding, positions, the picture's effect (not of a language model).
 
     Returns:
         Checks in order; all are run, none raises because of its finding.
@@ -48,6 +49,8 @@ def diagnose(model: HookedVLM) -> list[Check]:
         _implementations(model, inputs),
         _overflow(model, inputs),
     ]  # fmt: skip
+    if isinstance(model, HookedLM):
+        return [*checks, _padding(model, limit)]
     if model.processor is not None:
         checks += [_padding(model, limit), _picture(model)]
     return checks
@@ -82,12 +85,22 @@ def _overflow(model: HookedVLM, inputs: dict[str, Any]) -> Check:
 def _padding(model: HookedVLM, limit: float) -> Check:
     """A prompt alone against the same prompt left-padded in a batch: logits of the last token, and with them the positions."""
     texts = ("one two", "one two three four five six seven")
-    both = model._to_device(picture_probe(model.processor, texts))
-    alone = model._to_device(picture_probe(model.processor, texts[:1]))
+    if isinstance(model, HookedLM):
+        both, alone = _padded_words(model)
+    else:
+        both = model._to_device(picture_probe(model.processor, texts))
+        alone = model._to_device(picture_probe(model.processor, texts[:1]))
     one, two = _last(model, alone)[0], _last(model, both)[0]
     value = float((one - two).abs().max()) / (float(one.std()) or 1.0)
     return Check("left padding changes nothing (positions follow the mask)", value <= limit, value, limit, "logit spread",
                  "Use batch_size=1 for this model, and compare.")  # fmt: skip
+
+
+def _padded_words(model: HookedVLM) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A prompt of words with three masked tokens before it, and alone."""
+    alone = model._to_device(text_probe(model.hf))
+    ids, mask = alone["input_ids"], alone["attention_mask"]
+    return {"input_ids": torch.cat([ids[:, :3], ids], 1), "attention_mask": torch.cat([torch.zeros_like(mask[:, :3]), mask], 1)}, alone
 
 
 def _picture(model: HookedVLM) -> Check:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.resources
 import importlib.util
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -121,6 +124,73 @@ def check_placing(device_map: Any, max_memory: Any, offload_folder: Any, quantiz
     return found
 
 
+def check_model(name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> None:
+    """Refuse a name that `load` would refuse, without its weights: for work on several models, before the first one is loaded.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: see `load`.
+    """
+    path = demo_folder() if str(name) == "demo" else Path(name).expanduser()
+    if is_adapter(path):
+        check_model(base_of(path), revision=revision, trust_remote_code=trust_remote_code)
+        return
+    source = _source(name, path)
+    config = _config(source, {"trust_remote_code": trust_remote_code, **({"revision": revision} if revision else {})})
+    _check_kind(source, config, trust_remote_code)
+
+
+def _source(name: str | Path, path: Path) -> str:
+    """What transformers takes: a checked folder, or a hub id."""
+    if path.is_dir():
+        check_folder(path)
+        return str(path)
+    if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
+        raise CheckpointError(f'model must be "demo", a folder or a hub id; there is no folder {path}. Check the path.')
+    return str(name)
+
+
+def _config(source: str, common: dict[str, Any]) -> Any:
+    """The configuration, of a family that can be hooked."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source, **common)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f'model must be "demo", a folder or a hub id that can be read; got {source!r}. {str(error).splitlines()[0]} '
+            "Check the name, your connection (HF_HUB_OFFLINE), or download the folder first."
+        ) from error
+    family_of(config)
+    return config
+
+
+def _check_kind(source: str, config: Any, trust_remote_code: bool) -> None:
+    """Refuse what is neither a vision-language nor a language model."""
+    from transformers import AutoModelForImageTextToText
+
+    if is_language_model(config) or type(config) in AutoModelForImageTextToText._model_mapping or trust_remote_code:
+        return
+    raise UnsupportedModelError(
+        f"model must be a vision-language model; {source!r} is {config.model_type!r}, which transformers has no image-text-to-text class for. "
+        f"Choose a family such as {', '.join(TESTED[:6])}, ..."
+    )
+
+
+@contextmanager
+def _bars(show: bool) -> Iterator[None]:
+    """transformers' own progress bars off while loading, unless they are wanted and stderr is a terminal; then as they were."""
+    from transformers.utils import logging
+
+    silence = logging.is_progress_bar_enabled() and not (show and sys.stderr is not None and sys.stderr.isatty())
+    if silence:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if silence:
+            logging.enable_progress_bar()
+
+
 def load(
     name: str | Path,
     *,
@@ -134,6 +204,7 @@ def load(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     check: bool = True,
+    progress: bool = True,
 ) -> HookedVLM:
     """Load a vision-language model with its processor, or a language model with its tokenizer (a `HookedLM`, whose prompts are words only).
 
@@ -150,11 +221,24 @@ def load(
         attn_implementation: The model's own attention while nothing is hooked, e.g. "sdpa" or "flash_attention_2".
         trust_remote_code: Run code from the checkpoint. Off unless you say so.
         check: The load-time check; see HookedVLM.
+        progress: transformers' bars while weights are read, where stderr is a terminal.
 
     Raises:
         DeviceError, OptionError, CheckpointError, UnsupportedModelError, ParityError: before any long work where that can be known.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    with _bars(progress):
+        return _load(
+            name, device=device, dtype=dtype, revision=revision, device_map=device_map, max_memory=max_memory, offload_folder=offload_folder, quantize=quantize,
+            attn_implementation=attn_implementation, trust_remote_code=trust_remote_code, check=check,
+        )  # fmt: skip
+
+
+def _load(
+    name: str | Path, *, device: str | None, dtype: str | torch.dtype, revision: str | None, device_map: Any, max_memory: Any, offload_folder: Any, quantize: Quantize | None,
+    attn_implementation: str | None, trust_remote_code: bool, check: bool,
+) -> HookedVLM:  # fmt: skip
+    """`load`, with transformers' bars as they are."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
     if device is not None and device_map is not None:
         raise OptionError(f"device and device_map must not both be given; got {device!r} and {device_map!r}. Choose one.")
@@ -167,40 +251,23 @@ def load(
             raise OptionError(
                 f"quantize must be left out for adapters, which are added into the weights; got {quantize!r}. Merge and save them first."
             )
-        base = load(
+        base = _load(
             base_of(path), device=device, dtype=dtype, device_map=device_map, max_memory=max_memory, offload_folder=offload_folder, attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code, revision=revision, check=False,
+            trust_remote_code=trust_remote_code, revision=revision, check=False, quantize=None,
         )  # fmt: skip
         merged = read_adapters(base.hf, path)
         if isinstance(base, HookedLM):
             return HookedLM(merged, getattr(base.processor, "tokenizer", None), check=check, name=str(name), revision=base.revision)
         return HookedVLM(merged, base.processor, check=check, name=str(name), revision=base.revision)
-    if path.is_dir():
-        check_folder(path)
-        source = str(path)
-    elif path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
-        raise CheckpointError(f'model must be "demo", a folder or a hub id; there is no folder {path}. Check the path.')
-    else:
-        source = str(name)
+    source = _source(name, path)
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, **({"revision": revision} if revision else {})}
-    try:
-        config = AutoConfig.from_pretrained(source, **common)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f'model must be "demo", a folder or a hub id that can be read; got {source!r}. {str(error).splitlines()[0]} '
-            "Check the name, your connection (HF_HUB_OFFLINE), or download the folder first."
-        ) from error
-    family_of(config)
+    config = _config(source, common)
+    _check_kind(source, config, trust_remote_code)
     extra: dict[str, Any] = {k: v for k, v in (("device_map", device_map), ("attn_implementation", attn_implementation)) if v is not None}
     extra |= big
     if is_language_model(config):
         return load_text(source, dtype=torch_dtype, target=target, check=check, name=str(name), common=common, extra=extra,
                          revision=str(revision or getattr(config, "_commit_hash", None) or ""))  # fmt: skip
-    if type(config) not in AutoModelForImageTextToText._model_mapping and not trust_remote_code:
-        raise UnsupportedModelError(
-            f"model must be a vision-language model; {source!r} is {config.model_type!r}, which transformers has no image-text-to-text class for. "
-            f"Choose a family such as {', '.join(TESTED[:6])}, ..."
-        )
     try:
         hf: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=torch_dtype, use_safetensors=True, **common, **extra)
         processor = AutoProcessor.from_pretrained(source, **common)

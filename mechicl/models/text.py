@@ -108,6 +108,7 @@ class HookedLM(HookedVLM):
     def __init__(self, hf: Any, tokenizer: Any = None, *, check: bool = True, name: str | None = None, revision: str = "") -> None:
         super().__init__(hf, None, check=check, name=name, revision=revision)  # without a processor the check's prompt is words
         self.processor = None if tokenizer is None else TextProcessor(tokenizer)
+        self.probe = text_probe(hf)  # what checks look at it with: a processor of words has no picture to show
         if check:
             _check_padding(self)
 

@@ -10,6 +10,7 @@
     plot(written)                                                                          # a benchmark's answers over shots
     plot(margin), plot(margin_effect), plot(contrast_map), plot(strategies)
     plot(comparison), plot(improvement), plot(checkpoints)                                # two models; one along its checkpoints
+    plot(view), plot(view, head=(3, 0))                                                    # one head's attention on one prompt
     plot_sweep(table, x="K", y="accuracy_ic", color="positions")
 
 A figure is returned, never shown or written. Its arrays are the result's arrays.
@@ -133,7 +134,8 @@ def plot(result: Any, **options: Any) -> go.Figure:
         options: What the kind of result offers: `dark=True` everywhere; `n_key_value_heads`, `top` (Score); `heads`, `limit` (RoleAttention);
             `controls` (ICLAccuracy); `singles` (Ablation); `columns` (HeadScores); `changes`, `log` (Bands); `top` (Correlations, Forest);
             `site`, `sites`, `columns` (PatchEffects, Attribution); `max_edges` (CircuitCurve); `top` (LogitAttribution); `show`, `positions`, `layers`
-            (LogitLens); `head`, `pictures` (HeadCircuits); `measure` (KVShift); `show`, `spans` (FactorShares).
+            (LogitLens); `head`, `pictures` (HeadCircuits); `measure` (KVShift); `show`, `spans` (FactorShares);
+            `head`, `positions` (PromptView, by default the first head that was kept).
 
     Returns:
         A plotly figure; its arrays are the result's arrays.
@@ -441,6 +443,17 @@ def plot_sweep(
     return _figure(
         sweeps.sweep_lines(rows, x, names, color, facet, stat, log_x=positive, percent=percent, title=title, levels=levels or {}), dark
     )
+
+
+@plot.register
+def _(result: PromptView, *, head: Head | None = None, positions: Sequence[int] | None = None, dark: bool = False) -> go.Figure:
+    """The pattern of one of its heads, by default the first that was kept."""
+    if not result.patterns:
+        raise OptionError(
+            f"result must hold the pattern of a head; this prompt view holds none ({len(result.tokens)} tokens). "
+            "Make it with heads=[(layer, head)] and pattern_limit of at least its tokens."
+        )
+    return plot_pattern(result, next(iter(result.patterns)) if head is None else head, positions=positions, dark=dark)
 
 
 def plot_pattern(view: PromptView, head: Head, *, positions: Sequence[int] | None = None, dark: bool = False) -> go.Figure:

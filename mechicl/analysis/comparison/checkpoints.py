@@ -22,6 +22,7 @@ from mechicl.analysis.trainings.change_points import main_change
 from mechicl.analysis.trainings.growth import GROWN, measure_point
 from mechicl.analysis.trainings.growth import series as as_series
 from mechicl.errors import OptionError
+from mechicl.models.load import check_model
 from mechicl.results import Estimate, Provenance
 from mechicl.results.comparison import CheckpointSeries
 
@@ -98,9 +99,13 @@ def series(
         named = [[one.step, one.name, one.source if one.revision else Path(one.source).name] for one in found]
         store = PointStore(out, {"checkpoints": named, "episodes": known_by(episodes), "scores": list(scores), "seed": seed, "task": task})
     done = {} if store is None else store.load()
+    options = {"progress": progress, **(load_options or {})}
+    for one in found:  # all of them before the first is measured
+        if one.step not in done:
+            check_model(one.source, revision=one.revision or None, trust_remote_code=bool(options.get("trust_remote_code")))
     for one in found:
         if one.step not in done:
-            line = _measure(one, episodes, scores, seed, batch_size, task, progress, load_options or {})
+            line = _measure(one, episodes, scores, seed, batch_size, task, progress, options)
             done[one.step] = line
             if store is not None:
                 store.add_line(line)

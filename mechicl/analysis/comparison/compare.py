@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -17,6 +18,7 @@ from mechicl.analysis.feed import Data, check_data
 from mechicl.analysis.heads.named import SCORES
 from mechicl.analysis.statistics import mcnemar_p, paired_change, wilson
 from mechicl.errors import OptionError
+from mechicl.models.load import check_model
 from mechicl.prompts.batch import Batch
 from mechicl.results import ICLAccuracy
 from mechicl.results.comparison import AccuracyPair, Align, Alignment, Comparison, ScoreAgreement, Side, Trunk
@@ -72,13 +74,17 @@ def compare(
     Raises:
         OptionError: options, or episodes that are not the same questions.
         EpisodeError: episodes that cannot be used.
+        CheckpointError, UnsupportedModelError: a model that is named and cannot be loaded; both names are looked up before any work.
     """
     other = episodes if episodes_b is None else episodes_b
     _check(episodes, other, scores, top, align, batch_size)
     same = model_a is model_b or (isinstance(model_a, str) and model_a == model_b)
+    options = {"progress": progress, **(load_options or {})}
+    for source in (model_a, model_b):
+        if isinstance(source, str | Path):
+            check_model(source, **{key: options[key] for key in ("revision", "trust_remote_code") if key in options})
     called = names or _names((named(model_a), named(model_b)), (_shown(episodes), _shown(other)))
     asked = Asked(tuple(scores), accuracy, n_null, seed, batch_size, task, progress)
-    options = dict(load_options or {})
     store = None if out is None else SideStore(out, _plan((model_a, model_b), (episodes, other), asked))
     weigh = align in ("auto", "index") and not same
     sides, weights = both_sides((model_a, model_b), (episodes, other), called, asked, options, store, weigh=weigh)

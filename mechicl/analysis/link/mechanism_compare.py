@@ -86,9 +86,9 @@ def build_or_sharpen(
         raise OptionError(
             f"adapted must be models by name, none called 'base'; got {', '.join(adapted) or 'none'}. E.g. {{'2-way': 'runs/link/model'}}."
         )
-    for model in adapted.values():
-        _checked(model)
-    first = load_given(base)
+    for model in (base, *adapted.values()):
+        check_given(model)
+    first = load_given(base, progress=progress)
     find, prove = halves(episodes)
     asked = {
         "base": weights(first),
@@ -104,7 +104,7 @@ def build_or_sharpen(
     before = work.evidence("base", first)
     rows = []
     for name, given in progress_bar(adapted.items(), total=len(adapted), what="models", show=progress):
-        model = load_given(given)
+        model = load_given(given, progress=progress)
         check_pair(first, model)
         after = work.evidence(name, model)
         _grafts(work, name, first, model, before, after, parts)
@@ -119,21 +119,36 @@ def build_or_sharpen(
     )  # fmt: skip
 
 
-def _checked(given: Any) -> None:
-    """Refuse folders that are not there before anything is run."""
-    if isinstance(given, str | Path) and Path(given).is_absolute() and not Path(given).is_dir():
+def check_given(given: Any) -> None:
+    """Refuse a model that is named and cannot be loaded, before anything is run.
+
+    Raises:
+        OptionError: there is no such folder.
+        CheckpointError, UnsupportedModelError: see `mechicl.load`.
+    """
+    if not isinstance(given, str | Path):
+        return
+    if Path(given).is_absolute() and not Path(given).is_dir():
         raise OptionError(f"adapted must be models that exist; there is no folder {given}. Check the path.")
+    from mechicl.models.load import check_model
+
+    check_model(_place(given))
 
 
-def load_given(given: Any) -> Any:
+def load_given(given: Any, *, progress: bool = True) -> Any:
     """A model, loaded if it is not yet; a finished run's folder stands for its result."""
     if not isinstance(given, str | Path):
         return given
     from mechicl.models.load import load
 
+    return load(_place(given), progress=progress)
+
+
+def _place(given: str | Path) -> str | Path:
+    """What `mechicl.load` takes: of a finished run's folder, the model or the adapters in it."""
     path = Path(given)
     inner = next((path / name for name in ("model", "adapter") if (path / name).is_dir()), None)
-    return load(path if inner is None or ((path / "config.json").is_file() and (path / "model.safetensors").is_file()) else inner)
+    return given if inner is None or ((path / "config.json").is_file() and (path / "model.safetensors").is_file()) else inner
 
 
 def _roles(scores: Mapping[str, np.ndarray], threshold: float) -> np.ndarray:

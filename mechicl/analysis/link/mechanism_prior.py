@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mechicl.analysis.feed import progress_bar
-from mechicl.analysis.link.mechanism_compare import load_given
+from mechicl.analysis.link.mechanism_compare import check_given, load_given
 from mechicl.analysis.link.rename import Names, link_or_prior
 from mechicl.analysis.statistics import holm, mean_estimate, paired_change, wilson
 from mechicl.errors import OptionError
@@ -46,14 +46,17 @@ def link_priors(
 
     Raises:
         OptionError: no models, or names that cannot be folders.
+        CheckpointError, UnsupportedModelError: a model that is named and cannot be loaded; all are looked up before the first is asked.
         EpisodeError: see `link_or_prior`.
     """
     if not models or any(not name.strip() or Path(name).name != name for name in models):
         raise OptionError(f"models must be given by names without slashes; got {list(models)}. E.g. {{'base': ..., '2-way': ...}}.")
+    for given in models.values():
+        check_given(given)
     results: dict[str, LinkPrior] = {}
     for name, given in progress_bar(models.items(), total=len(models), what="models", show=progress):
         results[name] = link_or_prior(
-            load_given(given), episodes, how=how, names=names, shots=shots, generate=generate, out=None if out is None else Path(out) / name, seed=seed,
+            load_given(given, progress=progress), episodes, how=how, names=names, shots=shots, generate=generate, out=None if out is None else Path(out) / name, seed=seed,
             batch_size=batch_size, task=task, progress=False,
         )  # fmt: skip
     common = [one for one in next(iter(results.values())).episode_ids if all(one in r.episode_ids for r in results.values())]
