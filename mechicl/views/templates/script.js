@@ -3,7 +3,8 @@
   const themes = JSON.parse(document.getElementById("themes").textContent);
   const media = window.matchMedia("(prefers-color-scheme: dark)");
   const root = document.documentElement;
-  const dark = () => (root.dataset.theme ? root.dataset.theme === "dark" : media.matches);
+  let printing = false; // paper is white, whatever the screen is
+  const dark = () => !printing && (root.dataset.theme ? root.dataset.theme === "dark" : media.matches);
   const remember = (value) => { try { localStorage.setItem("mechicl-theme", value); } catch (_) { /* private window: forget */ } };
   try { const kept = localStorage.getItem("mechicl-theme"); if (kept === "dark" || kept === "light") root.dataset.theme = kept; } catch (_) { /* as above */ }
 
@@ -31,10 +32,17 @@
   document.getElementById("theme").addEventListener("click", () => { root.dataset.theme = dark() ? "light" : "dark"; remember(root.dataset.theme); redraw(); });
   media.addEventListener("change", redraw);
   window.addEventListener("beforeprint", () => {
+    const was = dark();
+    printing = true;
+    if (was) redraw();
     document.querySelectorAll('[role="tabpanel"]').forEach((p) => { p.dataset.was = p.hidden ? "1" : ""; p.hidden = false; });
     drawVisible();
   });
-  window.addEventListener("afterprint", () => document.querySelectorAll('[role="tabpanel"]').forEach((p) => { p.hidden = p.dataset.was === "1"; }));
+  window.addEventListener("afterprint", () => {
+    printing = false;
+    document.querySelectorAll('[role="tabpanel"]').forEach((p) => { p.hidden = p.dataset.was === "1"; });
+    if (dark()) redraw();
+  });
 
   // ---- tabs, with the arrow keys
   document.querySelectorAll("[data-tabs]").forEach((box) => {
