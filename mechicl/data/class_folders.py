@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mechicl.data.folders import within
 from mechicl.data.link_pool import LinkClass, Pool
-from mechicl.data.memes_check import MAX_PIXELS, SHOWN, Problem, open_picture
+from mechicl.data.memes_check import MAX_PIXELS, SHOWN, Problem, open_picture, problem_lines
 from mechicl.errors import ImageError, OptionError
 
 ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
@@ -42,11 +42,7 @@ class FoldersReport:
         twins = [name for name, n in Counter(name for name, _ in self.classes.values()).items() if n > 1]
         if twins:
             lines.append(f"- names of more than one class: {', '.join(twins[:SHOWN])}")
-        lines += [f"- {kind}: {n}" for kind, n in sorted(Counter(problem.kind for problem in self.problems).items())]
-        lines += [f"- {problem}" for problem in self.problems[:SHOWN]]
-        if len(self.problems) > SHOWN:
-            lines.append(f"- and {len(self.problems) - SHOWN} more")
-        return "\n".join(lines)
+        return "\n".join([*lines, *problem_lines(self.problems)])
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from mechicl.data.folders import within
 from mechicl.data.link_context import PUBLISHED, Prompt
 from mechicl.data.link_pool import LinkClass, Pool
 from mechicl.data.link_tasks import LinkTask, task_episodes
-from mechicl.data.memes_check import MAX_PIXELS, SHOWN, Problem, open_picture
+from mechicl.data.memes_check import MAX_PIXELS, Problem, open_picture, problem_lines
 from mechicl.errors import ImageError, OptionError
 from mechicl.prompts.episode import Episode
 
@@ -52,11 +52,7 @@ class IsekaiReport:
             lines.append(
                 f"- {name}: {len(tasks)} lines, {len(pairs)} pairs, {asked[0]} positive and {asked[1]} negative queries, up to {most} shots"
             )
-        lines += [f"- {kind}: {n}" for kind, n in sorted(Counter(problem.kind for problem in self.problems).items())]
-        lines += [f"- {problem}" for problem in self.problems[:SHOWN]]
-        if len(self.problems) > SHOWN:
-            lines.append(f"- and {len(self.problems) - SHOWN} more")
-        return "\n".join(lines)
+        return "\n".join([*lines, *problem_lines(self.problems)])
 
 
 @dataclass(frozen=True, eq=False)

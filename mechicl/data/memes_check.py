@@ -48,6 +48,13 @@ class Problem:
         return f"{self.where}: {self.what}"
 
 
+def problem_lines(problems: Sequence[Problem]) -> list[str]:
+    """How many of each kind, then the first `SHOWN` of them: the end of a folder's report."""
+    kinds = [f"- {kind}: {n}" for kind, n in sorted(Counter(problem.kind for problem in problems).items())]
+    more = [f"- and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+    return [*kinds, *(f"- {problem}" for problem in problems[:SHOWN]), *more]
+
+
 @dataclass(frozen=True)
 class MemesReport:
     """What a folder holds, before anything is computed with it.

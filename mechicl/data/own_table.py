@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from mechicl.data.folders import within
-from mechicl.data.memes_check import MAX_PIXELS, SHOWN, Problem, open_picture
+from mechicl.data.memes_check import MAX_PIXELS, Problem, open_picture, problem_lines
 from mechicl.errors import ImageError, OptionError
 
 if TYPE_CHECKING:
@@ -50,11 +49,7 @@ class TableReport:
             f"{self.source}: pictures in {self.columns[0]!r}, labels in {self.columns[1]!r}; {len(self.classes)} classes, {many} pictures each, "
             f"{len(self.problems)} problems."
         ]
-        lines += [f"- {kind}: {n}" for kind, n in sorted(Counter(problem.kind for problem in self.problems).items())]
-        lines += [f"- {problem}" for problem in self.problems[:SHOWN]]
-        if len(self.problems) > SHOWN:
-            lines.append(f"- and {len(self.problems) - SHOWN} more")
-        return "\n".join(lines)
+        return "\n".join([*lines, *problem_lines(self.problems)])
 
 
 def check_table(source: str | Path | pd.DataFrame, *, image: str | None = None, label: str | None = None, images: str | Path | None = None,

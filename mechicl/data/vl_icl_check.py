@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mechicl.data.folders import within
-from mechicl.data.memes_check import MAX_PIXELS, SHOWN, Problem, open_picture
+from mechicl.data.memes_check import MAX_PIXELS, Problem, open_picture, problem_lines
 from mechicl.errors import ImageError
 
 OPERATORS = ("+", "-", "x")
@@ -85,11 +85,7 @@ class VLICLReport:
             lines.append(
                 f"- {len({row.answer for row in self.queries})} different answers; the commonest is {answers[0][0]!r} ({answers[0][1]} queries)"
             )
-        lines += [f"- {kind}: {n}" for kind, n in sorted(Counter(problem.kind for problem in self.problems).items())]
-        lines += [f"- {problem}" for problem in self.problems[:SHOWN]]
-        if len(self.problems) > SHOWN:
-            lines.append(f"- and {len(self.problems) - SHOWN} more")
-        return "\n".join(lines)
+        return "\n".join([*lines, *problem_lines(self.problems)])
 
 
 class Bad(Exception):
