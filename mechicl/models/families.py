@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -28,7 +28,10 @@ class Family:
         needs_picture: Its forward cannot run on words alone.
         deepstack: Image features reach later layers by another way too (added after the first layers, read again by every layer), so that
             replacing the image embeddings alone leaves the picture visible.
-        padding: Why left padding moves this family's own logits; empty where it does not.
+        padding: Why left padding moves this family's own logits and nothing can be done: padded batches are refused. Empty where it does not.
+        positions: Where its own positions depend on the rest of a batch, what is given instead: "mask" counts from each prompt's first token (its own
+            count the padding, and are read as numbers, not only as distances); "prompt" asks the family prompt by prompt (its own number the pictures of
+            the whole batch). See `mechicl.models.places`.
         refused: Why the family is refused; empty when it is served.
     """
 
@@ -37,6 +40,7 @@ class Family:
     needs_picture: bool = False
     deepstack: bool = False
     padding: str = ""
+    positions: Literal["", "mask", "prompt"] = ""
     refused: str = ""
 
     @property
@@ -86,9 +90,9 @@ FAMILIES: Mapping[str, Family] = {
     **{name: Family(required=("target_sizes",)) for name in ("minicpm_ocr", "minicpmv4_6")},
     "minicpmv4_7": Family(required=("target_sizes", "mm_token_type_ids")),
     "lfm2_vl": Family(required=("pixel_attention_mask", "spatial_shapes")),
-    "hunyuan_vl": Family(required=_GRID, padding="seen in the tiny model, cause not looked into"),
+    "hunyuan_vl": Family(required=_GRID, positions="prompt"),
     "minimax_m3_vl": Family(required=("image_grid_thw",), padding="blocks of keys start at the first padding"),
-    "mistral_large4": Family(required=("image_sizes",), padding="positions count the padding"),
+    "mistral_large4": Family(required=("image_sizes",), positions="mask"),
     "inkling2": Family(required=("image_grid_thw",), deepstack=True),
     "qwen2_5_omni_thinker": Family(required=("image_grid_thw", "attention_mask")),
     "qwen3_omni_moe_thinker": Family(required=("image_grid_thw", "attention_mask"), deepstack=True),

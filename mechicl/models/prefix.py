@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mechicl.models.places import from_mask
 from mechicl.prompts.batch import Batch
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def continue_prompts(model: HookedVLM, batch: Batch, tokens: Sequence[Sequence[S
         cache.batch_repeat_interleave(blocks)
         ids, real = ids.repeat(copies, 1), real.repeat(copies, 1)
         mask = torch.cat([inputs["attention_mask"].repeat_interleave(blocks, 0), real.to(inputs["attention_mask"].dtype)], 1)
-        grown = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, **_places(model.hf, mask, ids.shape[1])}
+        grown = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, **_places(model, mask, ids.shape[1])}
         with model._wired({"input_ids": ids}):
             rest = model.hf(**grown, use_cache=True).logits
         first = torch.cat([first, rest.reshape(copies, n, blocks, ids.shape[1], -1)], 3)
@@ -73,12 +74,14 @@ def _forget_places(hf: Any) -> None:
         inner.rope_deltas = None  # pyright: ignore[reportOptionalMemberAccess]
 
 
-def _places(hf: Any, mask: Tensor, width: int) -> dict[str, Tensor]:
+def _places(model: HookedVLM, mask: Tensor, width: int) -> dict[str, Tensor]:
     """Positions of the new tokens where a family counts pictures' tokens otherwise (multimodal RoPE keeps the difference of each prompt)."""
-    deltas = getattr(getattr(hf, "model", None), "rope_deltas", None)
+    places = from_mask(mask)[:, -width:]
+    if model.family.positions:
+        return {"position_ids": places}
+    deltas = getattr(getattr(model.hf, "model", None), "rope_deltas", None)
     if deltas is None:
         return {}
-    places = (mask.long().cumsum(-1) - 1)[:, -width:]
     return {"position_ids": (places + deltas.repeat_interleave(len(mask) // len(deltas), 0).to(mask.device))[None].expand(3, -1, -1)}
 
 

@@ -20,6 +20,7 @@ from mechicl.models.families import check_inputs, family_of, image_positions
 from mechicl.models.guards import check_numbers, dtype_of
 from mechicl.models.hooked import Hooked, HookedConfig, HookPoint, RowReducer
 from mechicl.models.norms import Norm, eps_of
+from mechicl.models.places import placed
 from mechicl.models.prefix import can_continue, continue_prompts
 from mechicl.models.probe import probe_inputs
 from mechicl.models.rows import collect_rows
@@ -204,7 +205,7 @@ class HookedVLM(Weights, Hooked):
                 f"batch must be a Batch, a processor's mapping or token ids; got {type(given).__name__}. Render episodes first."
             )
         check_inputs(self.hf.config, given)
-        return self._to_device(given)
+        return self._to_device(placed(self.hf, self.family, given))
 
     def _to_device(self, given: Mapping[str, Any]) -> dict[str, Any]:
         device, dtype = self.device, dtype_of(self.hf)

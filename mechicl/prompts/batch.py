@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Box = tuple[float, float, float, float]
 """(left, top, right, bottom) in pixels of a picture, right and bottom excluded."""
 
-POSITIONAL: Mapping[str, int] = {"attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0}
+POSITIONAL: Mapping[str, int] = {"attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0, "moe_mm_token_type_ids": 0}
 """Inputs with one number per token, and what a token of an appended answer gets. PaliGemma's renderer says otherwise (see `Renderer.continuation`)."""
 
 

@@ -84,9 +84,10 @@ def tiles(picture: Picture, rows: int, cols: int, side: int) -> Boxes:
 
 
 def square(picture: Picture) -> Boxes:
-    """The whole picture stretched onto a square of tokens; nothing where it is cropped or the tokens are no square."""
-    side = math.isqrt(picture.n_tokens)
-    if side * side != picture.n_tokens or getattr(picture.images, "do_center_crop", False):
+    """The whole picture stretched onto a square of tokens; nothing where it is cropped, may be cut into tiles, or the tokens are no square."""
+    side, images = math.isqrt(picture.n_tokens), picture.images
+    tiled = getattr(images, "crop_to_patches", False) or getattr(images, "vision_input_type", "vanilla") != "vanilla"
+    if side * side != picture.n_tokens or tiled or getattr(images, "do_center_crop", False):
         return []
     return cells(picture, picture.whole, side, side)
 
@@ -199,6 +200,16 @@ def with_breaks(picture: Picture) -> Boxes:
     return [None, *(box for row in range(rows) for box in [*flat[row * cols : (row + 1) * cols], None]), None]
 
 
+def sized_grid(picture: Picture) -> Boxes:
+    """MiniCPM-V, LFM2-VL, stretched to a grid of patches that the processor names; a token merges a square of them. Nothing where pictures may be sliced."""
+    if getattr(picture.images, "slice_mode", False) or getattr(picture.images, "do_image_splitting", False):
+        return []
+    sizes = picture.inputs["target_sizes" if "target_sizes" in picture.inputs else "spatial_shapes"]
+    rows, cols = (int(v) for v in sizes[picture.index])
+    merge = math.isqrt(rows * cols // max(picture.n_tokens, 1))
+    return cells(picture, picture.whole, rows // merge, cols // merge) if merge else []
+
+
 def padded_whole(picture: Picture) -> Boxes:
     """DeepSeek-VL, Janus: the longer side scaled to the tower's, the rest padded, a square of tokens."""
     side = math.isqrt(picture.n_tokens)
@@ -234,6 +245,10 @@ GEOMETRY: dict[str, Callable[[Picture], Boxes]] = {
     **dict.fromkeys(STRETCHED, grid),
     "hunyuan_vl": with_breaks,
     "cohere2_vision": square,
+    "ovis2": square,
+    "perception_lm": square,
+    **dict.fromkeys(("minicpmv4_6", "minicpmv4_7", "minicpm_ocr", "lfm2_vl"), sized_grid),
+    "llava_next_video": llava_next,
     "llava": llava,
     "vipllava": llava,
     "lighton_ocr": mistral,

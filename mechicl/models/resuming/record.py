@@ -76,6 +76,7 @@ def record_vlm(model: Any, inputs: Mapping[str, Any], positions: Tensor, hooks: 
     elif reason := streams.why_not(model, len(layers), "unembed"):
         why = reason
     if why:
+        pre = [model.anatomy.streams.split(x) for x in pre]  # as hooks see it: runs of the whole model enter through them
         plain = Runner(model, pre, positions, additions, logits)
         return Found(logits, plain, pre, mids, [0] * n_pos, "full", [full_note(model, why)])
     return _judged(model, inputs, run, pre, mids, additions, positions, logits)

@@ -72,6 +72,14 @@ _PIXTRAL = Recipe(
     ids={"image_token_id": "[IMG]", "image_token_index": "[IMG]"},
 )  # fmt: skip
 
+_MINICPM = Recipe(
+    "<image>",
+    {"image_token": "<image>", "video_token": "<video>", "image_start_token": "<im_start>", "image_end_token": "<im_end>", "slice_start_token": "<slice>",
+     "slice_end_token": "</slice>", "image_id_start_token": "<image_id>", "image_id_end_token": "</image_id>"},
+    images={"slice_mode": False, "scale_resolution": 32, "patch_size": PATCH}, ids={"image_token_id": "<image>", "video_token_id": "<video>"},
+)  # fmt: skip
+_CROPPED = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}, "image_grid_pinpoints": [[SIDE, 2 * SIDE], [2 * SIDE, SIDE]]}  # fmt: skip
+
 RECIPES: Mapping[str, Recipe] = {
     "qwen3_5": _QWEN,
     "qwen3_5_moe": _QWEN,
@@ -125,6 +133,42 @@ RECIPES: Mapping[str, Recipe] = {
         "<|IMG_PATCH|>", {"image_token": "<|IMG_PATCH|>", "boi_token": "<|START_OF_IMG|>", "eoi_token": "<|END_OF_IMG|>", "img_line_break_token": "<|IMG_LINE_BREAK|>"},
         images={**SQUARE, "crop_to_patches": False, "patch_size": 2}, ids={"image_token_id": "<|IMG_PATCH|>"},
     ),
+    "ovis2": Recipe(
+        "<image>", extra=("<image>", "<IMG_ATOM>", "<IMG_START>", "<IMG_END>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>"), images={**SQUARE, "crop_to_patches": False},
+        more={"image_seq_length": 16}, ids={"image_token_id": "<IMG_ATOM>"},
+    ),
+    "lfm2_vl": Recipe(
+        "<image>", {"image_token": "<image>", "image_start_token": "<|image_start|>", "image_end_token": "<|image_end|>", "image_thumbnail_token": "<|img_thumbnail|>"},
+        images={"encoder_patch_size": PATCH, "do_image_splitting": False, "min_image_tokens": 4, "max_image_tokens": 9, "max_num_patches": 64, "tile_size": 32},
+        ids={"image_token_id": "<image>"},
+    ),
+    "llama4": Recipe(
+        "<|image|>", extra=("<|image|>", "<|image_start|>", "<|image_end|>", "<|patch|>", "<|tile_x_separator|>", "<|tile_y_separator|>"), images={**SQUARE, "max_patches": 4},
+        more={"patch_size": PATCH, "pixel_shuffle_ratio": 0.5}, ids={"image_token_id": "<|patch|>", "image_token_index": "<|patch|>"},
+    ),
+    "aya_vision": Recipe(
+        "<image>", extra=("<image>", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "TILE_GLOBAL", *(f"TILE_{k}" for k in range(1, 13))), images={**SQUARE, "crop_to_patches": True},
+        more={"patch_size": PATCH, "img_size": SIDE, "downsample_factor": 2}, ids={"image_token_id": "<|IMG_PATCH|>", "image_token_index": "<|IMG_PATCH|>"},
+    ),
+    "deepseek_vl_hybrid": Recipe(
+        "<image_placeholder>", {"image_token": "<image_placeholder>"}, images={**SQUARE, "min_size": 4, "high_res_size": SQUARE["size"]}, more={"num_image_tokens": 16},
+        ids={"image_token_id": "<image_placeholder>"},
+    ),
+    "granite4_vision": Recipe(
+        "<image>", {"image_token": "<image>"}, images=_CROPPED, more={"patch_size": PATCH, "vision_feature_select_strategy": "full", "downsample_rate": "1/2"},
+        ids={"image_token_id": "<image>", "image_token_index": "<image>"},
+    ),
+    "llava_next_video": Recipe(
+        "<image>", {"image_token": "<image>", "video_token": "<video>"}, images=_CROPPED,
+        more={"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}, ids={"image_token_index": "<image>", "video_token_index": "<video>"},
+    ),
+    "perception_lm": Recipe(
+        "<|image|>", {"image_token": "<|image|>", "video_token": "<|video|>"}, images={"tile_size": SIDE, "max_num_tiles": 1, "vision_input_type": "vanilla"},
+        more={"patch_size": PATCH, "pooling_ratio": 1}, ids={"image_token_id": "<|image|>", "video_token_id": "<|video|>"},
+    ),
+    "minicpmv4_6": _MINICPM,
+    "minicpmv4_7": _MINICPM,
+    "minicpm_ocr": _MINICPM,
 }  # fmt: skip
 
 FAILED: Mapping[str, str] = {

@@ -66,6 +66,7 @@ SPECIAL: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "minimax_m3_vl": {"text_config": {
         "layer_types": ["full_attention", "minimax_m3_sparse", "full_attention", "minimax_m3_sparse"], "index_n_heads": 2, "index_block_size": 4, "index_topk_blocks": 2,
     }},
+    "mistral_large4": {"text_config": {"index_n_heads": 16}},  # with few, many keys tie at exactly zero, and padding decides between them
     "mistral4": {"": {"rope_parameters": {"type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16, "max_position_embeddings": 512, "beta_fast": 32.0, "beta_slow": 1.0, "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.1, "partial_rotary_factor": 0.25}}},
     "mllama": {
         "text_config": {"cross_attention_layers": [1, 3]},

@@ -95,8 +95,9 @@ def notes(model: Any) -> list[str]:
         "logits soft-capped": anatomy.unembedding.cap is not None,
         "final LayerNorm": getattr(getattr(model, "ln_final", None), "centered", False),
         "pictures also reach later layers past `hook_image_features`": model.family.deepstack,
+        "its own positions depend on the rest of a batch: mechicl gives others": bool(model.family.positions),
         "its forward needs a picture": model.family.needs_picture,
-        f"left padding moves its own logits ({model.family.padding}): batch prompts of one length": bool(model.family.padding),
+        f"prompts of several lengths are refused in one batch ({model.family.padding})": bool(model.family.padding),
     }
     return found + [text for text, holds in tests.items() if holds]
 

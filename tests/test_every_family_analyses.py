@@ -1,0 +1,144 @@
+"""Head analysis on families unlike the usual ones: layers without attention, several streams, sparse selection, pictures that enter later again.
+
+Accuracy is held against the plain model, prompt by prompt and candidate by candidate; scores against the patterns; resumed patching against whole runs.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import mechicl
+from mechicl.data.concepts import draw
+from mechicl.errors import HeadIndexError, OptionError, UnsupportedModelError
+from mechicl.models.families import FAMILIES, Family
+from mechicl.models.vlm import HookedVLM
+from mechicl.prompts.batch import Batch
+from mechicl.prompts.corrupt import minimal_pairs
+from mechicl.training.organisms.every.processors import build_whole
+
+UNLIKE = (
+    "lfm3_vl", "qwen3_5", "qwen4_exp", "glm5_next", "minimax_m3_vl", "mistral_large4", "hunyuan_vl", "ernie4_5_vl_moe", "cohere_compass", "exaone4_5",
+)  # fmt: skip
+QUIET: dict[str, Any] = {"progress": False}
+families = pytest.mark.parametrize("family", UNLIKE)
+
+
+@cache
+def hooked(family: str) -> HookedVLM:
+    model, processor = build_whole(family)
+    return HookedVLM(model, processor, name=family, check=False)  # checked in test_every_family_processors
+
+
+@cache
+def episodes() -> list[Any]:
+    return draw(2, classes=2, shots=1, size=28, seed=0, syllables=(2, 2))
+
+
+def soft(family: str) -> list[int]:
+    return [layer for layer, part in enumerate(hooked(family).anatomy.layers) if part.attention is not None]
+
+
+def size(family: str) -> int:
+    """Prompts per forward pass: one where the family's padding is refused."""
+    return 1 if FAMILIES.get(family, Family()).padding else 8
+
+
+@torch.no_grad()
+def log_probability(family: str, batch: Batch, label: tuple[int, ...]) -> float:
+    """Of one label behind one prompt, by the plain model: every input with a number per token grows by hand."""
+    ids, extra = batch.inputs["input_ids"], torch.tensor([label])
+    inputs = dict(batch.inputs)
+    for name, value in batch.inputs.items():
+        if isinstance(value, torch.Tensor) and value.shape == ids.shape:
+            more = extra if name == "input_ids" else torch.full_like(extra, int(name == "attention_mask"))
+            inputs[name] = torch.cat([value, more.to(value.dtype)], 1)
+    logits = hooked(family).hf(**inputs, use_cache=False).logits[0, -len(label) - 1 : -1].log_softmax(-1)
+    return float(logits.gather(1, extra.T).sum())
+
+
+@families
+def test_accuracy_is_that_of_the_plain_model_prompt_by_prompt(family: str) -> None:
+    found = mechicl.icl_accuracy(hooked(family), episodes(), batch_size=size(family), **QUIET)
+    for episode, margin in zip(episodes(), found.margins, strict=True):
+        batch = hooked(family).render([episode])
+        scores = [log_probability(family, batch, label) for label in batch.candidate_ids[0]]
+        right = scores.pop(batch.answers[0])
+        assert margin == pytest.approx(right - max(scores), abs=2e-3)
+
+
+@families
+def test_every_head_that_exists_has_a_score_from_its_pattern_and_no_other(family: str) -> None:
+    model = hooked(family)
+    frame = mechicl.score_heads(model, episodes(), scores=("previous_token",), n_null=19, batch_size=size(family), **QUIET).to_frame()
+    values = frame.pivot_table(index="layer", columns="head", values="value", dropna=False).to_numpy()
+    there = np.array(
+        [
+            [layer in soft(family) and head < part.n_heads for head in range(model.cfg.n_heads)]
+            for layer, part in enumerate(model.anatomy.layers)
+        ]
+    )
+    assert np.array_equal(np.isfinite(values), there)
+
+
+@families
+def test_knocking_out_every_head_of_the_last_layer_is_zeroing_its_output_projections_input(family: str) -> None:
+    model, layer = hooked(family), soft(family)[-1]
+    o_proj = hooked(family).anatomy.layers[layer].o_proj
+    assert o_proj is not None
+    heads = [(layer, head) for head in range(model.anatomy.layers[layer].n_heads)]
+    options: dict[str, Any] = {"batch_size": size(family), "zero_shot": False, **QUIET}
+    found = mechicl.ablate(model, episodes(), heads, singles=False, n_random=1, **options)
+    handle = o_proj.register_forward_pre_hook(lambda _, args: (torch.zeros_like(args[0]), *args[1:]))
+    try:
+        plain = mechicl.icl_accuracy(model, episodes(), **options)
+    finally:
+        handle.remove()
+    assert np.allclose(found.chosen.margins, plain.margins, atol=2e-3)
+    assert not np.allclose(found.intact.margins, plain.margins, atol=1e-2)
+
+
+@families
+def test_patching_resumed_equals_whole_runs_or_the_site_is_refused_by_name(family: str) -> None:
+    model = hooked(family)
+    pairs = minimal_pairs(model.renderer, episodes(), "swap_labels")
+    options: dict[str, Any] = {"n_permutations": 19, "batch_size": size(family), "layers": [0, soft(family)[-1]], **QUIET}
+    fast, whole = (mechicl.patch(model, pairs, engine=engine, **options).to_frame() for engine in ("resume", "naive"))
+    assert np.allclose(fast["raw_mean"], whole["raw_mean"], atol=2e-3, equal_nan=True)
+    for site in ("resid_mid", "attn_out", "k", "image_features"):
+        gone = [name for name in model.unavailable if name.endswith(f"hook_{site}")]
+        if len(gone) == (1 if site == "image_features" else model.cfg.n_layers):
+            with pytest.raises(UnsupportedModelError, match=site):
+                mechicl.patch(model, pairs, sites=[site], **options)
+
+
+@pytest.mark.parametrize("family", ["lfm3_vl", "qwen4_exp", "glm5_next"])
+def test_heads_of_layers_without_attention_are_refused_before_any_work(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = hooked(family)
+    without = next(layer for layer in range(model.cfg.n_layers) if layer not in soft(family))
+    monkeypatch.setattr(model.hf, "forward", None)  # a forward pass would fail
+    with pytest.raises(HeadIndexError, match="no softmax attention"):
+        mechicl.ablate(model, episodes(), [(without, 0)], **QUIET)
+
+
+def test_prompts_of_several_lengths_are_refused_where_padding_would_move_the_logits() -> None:
+    model, longer = hooked("minimax_m3_vl"), draw(1, classes=2, shots=2, size=28, seed=0, syllables=(2, 2))
+    with pytest.raises(OptionError, match="batch_size=1"):
+        mechicl.icl_accuracy(model, [*episodes(), *longer], **QUIET)
+    assert mechicl.icl_accuracy(model, [*episodes(), *longer], batch_size=1, **QUIET).n == 3
+
+
+@pytest.mark.parametrize("family", ["hunyuan_vl", "mistral_large4"])
+def test_the_rest_of_a_batch_moves_nothing_though_the_familys_own_positions_depend_on_it(family: str) -> None:
+    model, longer = hooked(family), draw(1, classes=2, shots=2, size=28, seed=0, syllables=(2, 2))
+    both, alone = model.render([*longer, *episodes()[1:]]), model.render(episodes()[1:])
+    with torch.no_grad():
+        together, single = model(both)[1], model(alone)[0]
+        own = model.hf(**both.inputs, use_cache=False).logits[1, -1:]
+    assert torch.allclose(together, single, atol=1e-3)
+    assert not torch.allclose(own, single, atol=1e-2)
+    assert torch.equal(model.generate(both, max_new_tokens=3)[1], model.generate(alone, max_new_tokens=3)[0])
