@@ -30,7 +30,7 @@ def test_a_notebook_runs(path: Path, tmp_path: Path) -> None:
     missing = [name for name in re.findall(r"0\d_\w+(?=\.parquet)", code) if not (ROOT / "results" / f"{name}.parquet").exists()]
     assert not missing, f"run its sweep first: notebooks/sweeps/{missing[0]}.toml"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "MECHICL_FIGURES": str(tmp_path)}
-    client = NotebookClient(book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
+    client = NotebookClient(book, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
     client.execute(env=environment)
     assert list(tmp_path.iterdir()), "a notebook writes its figures where MECHICL_FIGURES says"
 
@@ -85,7 +85,16 @@ def test_a_cause_is_shown_with_its_controls(path: Path) -> None:
         assert control in code
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.parquet")), ids=lambda p: p.stem)
+TABLES = sorted((ROOT / "results").glob("*.parquet"))
+SWEPT = [path for path in TABLES if (ROOT / "sweeps" / f"{path.stem}.toml").exists()]
+
+
+def test_every_table_has_its_spec_or_its_script() -> None:
+    scripts = "".join(path.read_text(encoding="utf-8") for path in (ROOT.parent / "benchmarks").glob("*.py"))
+    assert [path.stem for path in TABLES if path not in SWEPT and path.stem.split("_")[0] + "_" not in scripts] == []
+
+
+@pytest.mark.parametrize("path", SWEPT, ids=lambda p: p.stem)
 def test_results_are_those_of_the_spec(path: Path) -> None:
     """Every setting and seed that the spec asks for. (Not compared by the cells' names, which are new ones whenever a recipe gets another field.)"""
     spec = read_spec(ROOT / "sweeps" / f"{path.stem}.toml")

@@ -347,7 +347,7 @@ def test_what_does_not_fit_is_refused_with_the_reason(organism: Organism) -> Non
     refused(EpisodeError, "both prompts must have the same sequence of spans; span 4 is", model, uneven, apart)
     vlm = HookedVLM(*organism("mllama"))
     pictures = minimal_pairs(vlm.renderer, concepts.draw(2, classes=2, shots=1, size=28, seed=3, syllables=(2, 2)), "swap_query", seed=1)
-    refused(UnsupportedModelError, "cross-attention", vlm, pictures, sites="image_features")
+    refused(UnsupportedModelError, "not tokens of the sequence", vlm, pictures, sites="image_features")
     notes = patch(vlm, pictures, sites="k", by="head", **QUIET).notes
     assert any("read pictures" in note for note in notes)
 

@@ -9,7 +9,7 @@ import pytest
 import views_samples as samples
 
 from mechicl.errors import HeadIndexError, OptionError
-from mechicl.views import grids
+from mechicl.views import grids, theme
 from mechicl.views.plots import figure_json, plot, plot_pattern
 from mechicl.views.theme import DIVERGING
 
@@ -189,6 +189,7 @@ def test_dark_figures_differ_in_look_only() -> None:
     light, dark = plot(samples.dose()), plot(samples.dose(), dark=True)
     assert figure_json(light) == figure_json(dark)
     assert light.layout.template.layout.font.color != dark.layout.template.layout.font.color
+    assert dark.layout.template.layout.paper_bgcolor == theme.DARK_PAPER  # light words need it where a figure stands alone
 
 
 def test_only_results_can_be_drawn() -> None:

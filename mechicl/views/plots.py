@@ -116,7 +116,10 @@ __all__ = ["figure_json", "javascript", "plot", "plot_pattern", "plot_sweep"]
 def _figure(spec: grids.Spec, dark: bool = False) -> go.Figure:
     """The specification as a checked figure in the house template. Text from data is shown as text: plotly's own markup is switched off by escaping."""
     figure = go.Figure(curves.as_plain(spec))
-    figure.update_layout(template=go.layout.Template(theme.template(dark)))
+    template = theme.template(dark)
+    if dark:
+        template["layout"]["paper_bgcolor"] = theme.DARK_PAPER  # alone, without one of our pages behind it, it must be readable too
+    figure.update_layout(template=go.layout.Template(template))
     if dark:
         scales = {"diverging": theme.DIVERGING_DARK, "sequential": theme.SEQUENTIAL_DARK}
         scale = scales.get((spec["layout"].get("meta") or {}).get("scale", ""))

@@ -45,9 +45,12 @@ ROLE_COLOURS: dict[str, str] = {
 """What a token is for -> its colour in the prompt strip. `label` is split by whether it is the answer's."""
 
 
+DARK_PAPER = "#181c22"
+
+
 def template(dark: bool = False) -> dict[str, Any]:
     """The plotly layout template: fonts, axes, margins, hover boxes; transparent, so that the page's own paper shows."""
-    ink, soft, line, paper = ("#e4e8ee", "#aab3bf", "#3a424d", "#181c22") if dark else ("#1d2530", "#56606d", "#d9dde2", "#ffffff")
+    ink, soft, line, paper = ("#e4e8ee", "#aab3bf", "#3a424d", DARK_PAPER) if dark else ("#1d2530", "#56606d", "#d9dde2", "#ffffff")
     axis = {
         "gridcolor": line, "zerolinecolor": line, "linecolor": soft, "tickcolor": soft, "ticks": "outside", "ticklen": 4,
         "tickfont": {"size": 12, "color": soft}, "title": {"font": {"size": 13, "color": ink}, "standoff": 8}, "automargin": True,
