@@ -181,3 +181,15 @@ def test_what_cannot_be_done_is_refused() -> None:
         hand_made(pixel_values=torch.zeros(5, 3)).select([0])
     with pytest.raises(OptionError, match="role must be one of"), unchecked():
         batch.mask("labels")  # pyright: ignore[reportArgumentType]
+
+
+def test_what_fills_up_shorter_continuations_is_no_picture(organism: Any) -> None:
+    """PaliGemma's prompt begins with pictures where there is no instruction: its first token would be one more of them."""
+    model, processor = organism("paligemma")
+    picture = Image.new("RGB", (56, 56))
+    one = Episode((Shot("dax", (picture,)), Shot("kimo", (picture,))), Shot("dax", (picture,)), ("dax", "kimo"), "", "What?")
+    batch = Renderer(processor, model.config).render([one]).repeat(2)
+    assert batch.token_roles()[0][0] == "image"
+    longer = batch.append([[5], [5, 6, 7]])
+    image = Renderer(processor, model.config).image_token_id
+    assert int((longer.inputs["input_ids"] == image).sum()) == int((batch.inputs["input_ids"] == image).sum())

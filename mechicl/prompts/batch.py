@@ -179,8 +179,9 @@ class Batch:
         if width == 0:
             return self
         ids: Tensor = self.inputs["input_ids"]
-        # a token that certainly exists; it is masked out by the attention mask
-        block = torch.full((self.n, width), int(ids[0, 0]), dtype=ids.dtype, device=ids.device)
+        # a token that certainly exists and stands for no picture (PaliGemma's prompts begin with one); it is masked out by the attention mask
+        plain = int(ids[0, int((~self.mask("image")[0]).nonzero()[-1])])
+        block = torch.full((self.n, width), plain, dtype=ids.dtype, device=ids.device)
         real = torch.zeros(self.n, width, dtype=torch.bool, device=ids.device)
         for i, row in enumerate(tokens):
             block[i, : len(row)] = torch.tensor(list(row), dtype=ids.dtype, device=ids.device)
