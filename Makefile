@@ -18,7 +18,7 @@ demo: $(STAMP)
 	$(VENV)/bin/mechicl report --model demo --task concepts --out figures/demo_report.html
 
 test: $(STAMP)
-	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile --durations=20
 
 slow: $(STAMP)
 	$(PY) -m pytest -m slow
