@@ -123,7 +123,9 @@ def test_dry_run_says_the_cost_and_stops(tiny: RuleModel, tmp_path: Path) -> Non
 
 
 def test_shots_are_numbers() -> None:
-    assert parse_shots("4, 0,2,2") == (0, 2, 4)
+    assert parse_shots("4, 0,2") == (0, 2, 4)
+    with pytest.raises(OptionError, match="shots must differ"):
+        parse_shots("4, 0,2,2")
     with pytest.raises(OptionError, match="shots must be numbers"):
         parse_shots("1,-2")
 
