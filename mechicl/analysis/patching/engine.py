@@ -103,7 +103,7 @@ class Base:
             return Cell(layer, "pre", start, lambda: first(recorded.pre(layer)[:, start:], start), _functions(more, start))
         if point == "hook_resid_mid" and middle:
             return Cell(layer, "mid", start, lambda: first(recorded.mid(layer)[:, start:], start), _functions(more, start))
-        if point in OUTPUTS and layer + 1 < recorded.runner.n_layers:
+        if point in OUTPUTS and layer + 1 < recorded.model.cfg.n_layers:
             return Cell(layer + 1, "pre", start, lambda: self._moved(first, recorded.pre(layer + 1), start), _functions(more, start))
         return Cell(layer, "pre", start, None, _functions(edits, start))
 

@@ -48,8 +48,8 @@ class Recorded:
         logits: [n, k, vocab].
         additions: By layer, what the model adds to the stream before it that no layer wrote (DeepStack), [n, pos, d_model]; None where nothing.
             One entry more than there are layers.
-        how: "resumed", or "full" where every cell is a full run.
         notes: What could not be done the fast way, and why.
+        runner: Resumes the run; None where every cell is a full run.
     """
 
     model: Any
@@ -57,13 +57,17 @@ class Recorded:
     positions: Tensor
     logits: Tensor
     additions: Sequence[Tensor | None]
-    how: Literal["resumed", "full"]
     notes: list[str]
-    runner: Runner
+    runner: Runner | None
     starts: Sequence[int]
     streams: Sequence[Tensor]
     middles: Sequence[Tensor | None]
     sites: Mapping[str, Tensor]
+
+    @property
+    def how(self) -> Literal["resumed", "full"]:
+        """What becomes of cells: "full" where every one is a full run."""
+        return "full" if self.runner is None else "resumed"
 
     @property
     def n(self) -> int:
@@ -116,7 +120,7 @@ class Plan:
 
 
 def planned(recorded: Recorded, index: int, cell: Cell) -> Plan:
-    n_layers, n_pos = recorded.runner.n_layers, recorded.n_pos
+    n_layers, n_pos, runner = recorded.model.cfg.n_layers, recorded.n_pos, recorded.runner
     if not 0 <= cell.layer < n_layers:
         raise OptionError(f"layer of a cell must be in 0..{n_layers - 1}; got {cell.layer}. Layers count from 0.")
     if not 0 <= cell.start < n_pos:
@@ -137,16 +141,16 @@ def planned(recorded: Recorded, index: int, cell: Cell) -> Plan:
             )
     if outside and (cell.layer or cell.at != "pre"):
         raise OptionError(f'edits outside the layers must enter at layer 0, "pre"; got layer {cell.layer}, {cell.at!r}. Change the cell.')
-    if recorded.how == "full" or outside:
+    if runner is None or outside:
         return Plan(index, cell, 0, "pre", 0, full=True, alone=outside and any(name.startswith("vision") for name in cell.edits))
-    if cell.at == "mid" and not recorded.runner.enters_inside(cell.layer):
+    if cell.at == "mid" and not runner.enters_inside(cell.layer):
         cell = _from_before(recorded, cell)
     layer, at = cell.layer, cast(Entry, cell.at)
     if cell.stream is None and cell.edits:  # nothing differs before the first edit
         first = min(int(name.split(".")[1]) for name in cell.edits)
         layer, at = (first, "pre") if first > layer else (layer, at)
         own = [f"blocks.{layer}.{point}" for point in BEFORE_Z]
-        if at == "pre" and recorded.runner.enters_at_z(layer) and not any(name in cell.edits for name in own):
+        if at == "pre" and runner.enters_at_z(layer) and not any(name in cell.edits for name in own):
             at = "z"
     return Plan(index, cell, layer, at, recorded.starts[cell.start])
 

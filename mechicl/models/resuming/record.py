@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,14 +21,14 @@ from mechicl.models.resuming.run import Runner
 
 @dataclass(eq=False)
 class Found:
-    """What `record_vlm` gives to `resume.record`."""
+    """What `record_vlm` gives to `resume.record`; `runner`: None where nothing can resume the run."""
 
     logits: Tensor
-    runner: Runner
+    runner: Runner | None
     streams: list[Tensor]
     middles: list[Tensor | None]
+    additions: list[Tensor | None]
     starts: list[int]
-    how: Literal["resumed", "full"] = "resumed"
     notes: list[str] = field(default_factory=list)
 
 
@@ -77,8 +77,7 @@ def record_vlm(model: Any, inputs: Mapping[str, Any], positions: Tensor, hooks: 
         why = reason
     if why:
         pre = [model.anatomy.streams.split(x) for x in pre]  # as hooks see it: runs of the whole model enter through them
-        plain = Runner(model, pre, positions, additions, logits)
-        return Found(logits, plain, pre, mids, [0] * n_pos, "full", [full_note(model, why)])
+        return Found(logits, None, pre, mids, additions, [0] * n_pos, [full_note(model, why)])
     return _judged(model, inputs, run, pre, mids, additions, positions, logits)
 
 
@@ -99,9 +98,9 @@ def _judged(
     runner.triangular = starts == list(range(n_pos))
     verdict = judge(model, runner, starts)
     if not verdict.resumes:
-        return Found(logits, runner, pre, mids, [0] * n_pos, "full", list(verdict.notes))
+        return Found(logits, None, pre, mids, additions, [0] * n_pos, list(verdict.notes))
     runner.trim, runner.not_inside = verdict.trim, set(verdict.not_inside)
-    return Found(logits, runner, pre, mids, starts if verdict.prefix else [0] * n_pos, "resumed", list(verdict.notes))
+    return Found(logits, runner, pre, mids, additions, starts if verdict.prefix else [0] * n_pos, list(verdict.notes))
 
 
 class _watched:

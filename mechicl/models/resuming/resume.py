@@ -21,7 +21,7 @@ from mechicl.errors import HookNotFiredError, OptionError
 from mechicl.models.resuming.cells import Cell, Plan, Recorded, how_many, planned
 from mechicl.models.resuming.full import run_in_full
 from mechicl.models.resuming.memory import out_of_memory
-from mechicl.models.resuming.run import Edit, Pass, row_edit
+from mechicl.models.resuming.run import Edit, Pass, Runner, row_edit
 from mechicl.models.resuming.toy import record_toy
 from mechicl.models.toys.model import ToyTransformer, inputs_of
 
@@ -51,7 +51,7 @@ def record(model: Any, batch: Any, *, positions: Any = "last", sites: Sequence[s
         where = _table(model._last(batch) if isinstance(positions, str) else model._checked(batch, positions), _n_prompts(model, batch))
         runner, streams, middles, logits = record_toy(model, batch, where, hooks)
         starts = list(range(streams[0].shape[1]))
-        recorded = Recorded(model, batch, where, logits, runner.additions, "resumed", [], runner, starts, streams, middles, kept)
+        recorded = Recorded(model, batch, where, logits, runner.additions, [], runner, starts, streams, middles, kept)
     else:
         from mechicl.models.resuming.record import record_vlm
 
@@ -59,9 +59,8 @@ def record(model: Any, batch: Any, *, positions: Any = "last", sites: Sequence[s
         where = _table(model._positions(batch, inputs, positions), inputs["input_ids"].shape[0])
         found = record_vlm(model, inputs, where, hooks)
         recorded = Recorded(
-            model, batch, where, found.logits, found.runner.additions, found.how, found.notes, found.runner, found.starts, found.streams,
-            found.middles, kept,
-        )  # fmt: skip
+            model, batch, where, found.logits, found.additions, found.notes, found.runner, found.starts, found.streams, found.middles, kept
+        )
     if silent := [name for name in sites if name not in kept]:
         raise HookNotFiredError(f"hook {silent[0]!r} must be reached by the forward pass; it never was. Leave it out of sites.")
     return recorded
@@ -121,26 +120,26 @@ def passes(recorded: Recorded, cells: Sequence[Cell], *, copies: int | None = No
 
 @torch.no_grad()
 def _run(recorded: Recorded, plans: Sequence[Plan]) -> list[tuple[int, Tensor]]:
-    first, copies = plans[0], len(plans)
+    first, copies, runner = plans[0], len(plans), recorded.runner
     start, n = first.start, recorded.n
     edits: dict[str, list[tuple[int, int, Edit]]] = {}
     for copy, plan in enumerate(plans):
         for name, edit in plan.cell.edits.items():
             edits.setdefault(name, []).append((copy, plan.cell.start - start, edit))
-    if first.full:
+    if first.full or runner is None:
         logits = run_in_full(recorded, [plan.cell for plan in plans], edits)
         return [(plan.index, logits[copy]) for copy, plan in enumerate(plans)]
     hooks = {name: row_edit(recorded.model, name, some, n, copies) for name, some in edits.items()}
-    stream = _entering(recorded, first, [plan.cell for plan in plans])
-    logits = recorded.runner.run(Pass(first.layer, first.at, start, stream, copies, hooks)).unflatten(0, (n, copies))
+    stream = _entering(recorded, runner, first, [plan.cell for plan in plans])
+    logits = runner.run(Pass(first.layer, first.at, start, stream, copies, hooks)).unflatten(0, (n, copies))
     return [(plan.index, logits[:, copy]) for copy, plan in enumerate(plans)]
 
 
-def _entering(recorded: Recorded, first: Plan, cells: Sequence[Cell]) -> Tensor:
+def _entering(recorded: Recorded, runner: Runner, first: Plan, cells: Sequence[Cell]) -> Tensor:
     """What a pass enters with, [prompt * copy, pos - start, ...]."""
     start = first.start
     if first.at == "z":
-        z = recorded.runner.z(first.layer)[:, start:]
+        z = runner.z(first.layer)[:, start:]
         return z.repeat_interleave(len(cells), 0)
     base = recorded.pre(first.layer) if first.at == "pre" else recorded.mid(first.layer)
     out = base[:, None, start:].repeat(1, len(cells), 1, 1)

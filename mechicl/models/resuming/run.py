@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -50,8 +51,8 @@ class Pass:
     hooks: Mapping[str, Edit] = field(default_factory=dict)
 
 
-class Runner:
-    """Runs passes over one recorded run; this one holds a run that nothing can resume. `trim`: the last layer is evaluated only where logits are asked for (if nothing listens there)."""
+class Runner(ABC):
+    """Runs passes over one recorded run. `trim`: the last layer is evaluated only where logits are asked for (if nothing listens there)."""
 
     trim = True
 
@@ -64,21 +65,21 @@ class Runner:
         self._z: dict[int, Tensor] = {}
         self.first = int(positions.min())
 
+    @abstractmethod
     def block(self, layer: int, x: Tensor, job: Pass) -> Tensor:
         """The stream after a layer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def last_block(self, x: Tensor, job: Pass) -> Tensor:
         """The stream after the last layer at positions `first`, ..."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rest(self, layer: int, x: Tensor, job: Pass) -> Tensor:
         """The stream after a layer that was entered at "z" or "mid"; x [row, position, ...], the last positions."""
-        raise NotImplementedError
 
+    @abstractmethod
     def unembed(self, x: Tensor) -> Tensor:
         """Logits of the final stream [row, n, d_model]."""
-        raise NotImplementedError
 
     @contextmanager
     def connected(self, job: Pass) -> Iterator[None]:
