@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import gc
+import io
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,17 +134,54 @@ def test_a_line_cut_off_by_a_crash_is_dropped_and_a_damaged_one_is_named(tmp_pat
         folder.read_lines(lambda line: None)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_a_read_only_folder_is_refused(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    for refused in (
-        lambda: Kept(tmp_path / "k", {}),
-        lambda: Run.open(tmp_path / "run", {}, resume=False),
-        lambda: append_line(tmp_path / "a", "x"),
-    ):
-        with pytest.raises(OutputPathError):
-            refused()
-    tmp_path.chmod(0o700)
+def made(target: Path) -> None:
+    with fresh_folder(target) as folder:
+        (folder / "all").write_text("x")
+
+
+WRITES: dict[str, Callable[[Path], Any]] = {
+    "a result's folder": lambda home: Kept(home / "kept", {}),
+    "a training's folder": lambda home: Run.open(home / "run", {}, resume=False),
+    "a line": lambda home: append_line(home / "line", "x"),
+    "a whole file": lambda home: write_whole(home / "whole", b"x"),
+    "a fresh folder": lambda home: made(home / "fresh"),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_file_in_the_folders_place_is_refused_and_stays(write: str, tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("kept")
+    with pytest.raises(OutputPathError, match=r"Not a directory|File exists"):
+        WRITES[write](tmp_path / "home")
+    assert (tmp_path / "home").read_text() == "kept"
+    (tmp_path / "home").unlink()
+    (tmp_path / "home").mkdir()
+    WRITES[write](tmp_path / "home")  # nothing else was wrong
+    assert list((tmp_path / "home").iterdir())
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_read_only_disk_is_refused(write: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Permissions do not stop root, so the system's calls refuse here as those of a read-only disk do."""
+
+    def refused(path: Any) -> OSError:
+        return OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    def opened(path: Any, mode: str = "r", *rest: Any, **more: Any) -> Any:
+        if set(mode) & set("wax+"):
+            raise refused(path)
+        return real(path, mode, *rest, **more)
+
+    def mkdir(path: Any, *rest: Any, **more: Any) -> None:
+        raise refused(path)
+
+    real = io.open
+    monkeypatch.setattr(io, "open", opened)
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    with pytest.raises(OutputPathError, match="Read-only file system"):
+        WRITES[write](tmp_path)
+    monkeypatch.undo()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_fresh_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
