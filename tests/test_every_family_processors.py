@@ -33,13 +33,25 @@ def episodes() -> list[Episode]:
 
 @torch.no_grad()
 def without_mixing(family: str) -> tuple[Any, Any]:
-    """A family whose vision attention adds nothing, so that every image token sees its own patch only."""
+    """A family whose vision attention adds nothing and whose convolutions do not overlap, so that every image token sees its own patch only."""
     model, processor = build_whole(family)
     for name, module in model.named_modules():
-        if any(word in name for word in ("vision", "visual")) and name.endswith((".out_proj", ".o_proj", ".projection_layer", "attn.proj")):
+        if not any(word in name for word in ("vision", "visual")):
+            continue
+        if name.endswith((".out_proj", ".o_proj", ".projection_layer", "attn.proj")):
             for parameter in module.parameters():
                 parameter.zero_()
+        if isinstance(module, torch.nn.Conv2d):
+            keep_own_cell(module)
     return model, processor
+
+
+def keep_own_cell(conv: torch.nn.Conv2d) -> None:
+    """Nothing is read beyond the stride x stride inputs that are an output's own."""
+    kept = torch.zeros(conv.kernel_size)
+    (top, left), (tall, wide) = (int(n) for n in conv.padding), conv.stride
+    kept[top : top + tall, left : left + wide] = 1
+    conv.weight.mul_(kept)
 
 
 @recipes
@@ -74,6 +86,26 @@ def test_the_tokens_that_change_are_those_whose_box_holds_the_changed_pixels(fam
     for size in SIZES:
         assert check_boxes(model, processor, [noise(size, 1)], 0)
     assert check_boxes(model, processor, [noise((60, 60), 2), noise(SIZES[1], 1), noise((70, 90), 3)], 1)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "size"),
+    [
+        ("step3p7", {}, (30, 28)),  # not cut
+        ("step3p7", {}, (31, 17)),  # small and long: cut by its short side
+        ("step3p7", {}, (140, 30)),  # a strip, padded to a square
+        ("unlimited_ocr", {}, (30, 22)),  # not cut
+        ("unlimited_ocr", {"crop_to_patches": False}, (84, 60)),  # stretched, not padded
+        ("kimi_k25", {}, (30, 21)),  # padded only
+        ("kimi_k25", {"size": {"max_height": 6, "max_width": 6}}, (84, 60)),
+        ("inkling_mm_model", {"rescale_image_frac": None}, (32, 22)),  # a column of padding
+    ],
+)
+def test_boxes_hold_where_a_familys_picture_takes_another_way(family: str, options: dict[str, Any], size: tuple[int, int]) -> None:
+    model, processor = without_mixing(family)
+    for name, value in options.items():
+        setattr(processor.image_processor, name, value)
+    assert check_boxes(model, processor, [noise(size, 1)], 0)
 
 
 def test_a_family_nobody_described_gets_no_boxes_even_where_its_tokens_are_a_square() -> None:
