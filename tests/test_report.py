@@ -402,6 +402,43 @@ def test_the_slider_moves_the_circuit_in_the_browser(html: str, study: Study, tm
     assert seen.group(1) == " ".join(f"{k}:{k}" for k in study.trace.curve.ks if 0 < k <= 150)
 
 
+@needs_browser
+def test_figures_and_head_maps_answer_to_the_keyboard(html: str, study: Study, tmp_path: Path) -> None:
+    probe = """<script>(async () => {
+      const wait = (ms) => new Promise((done) => setTimeout(done, ms)), seen = [];
+      const key = async (on, name) => { on.focus(); on.dispatchEvent(new KeyboardEvent("keydown", { key: name, bubbles: true, cancelable: true })); await wait(900); };
+      await wait(900);
+      const gd = document.getElementById("circuit-curve"), grip = gd.querySelector(".slider-container");
+      const count = () => gd.data.filter((t) => (t.name || "").includes("->") && t.visible === true).length, off = () => gd._fullData.filter((t) => t.visible === "legendonly").length;
+      seen.push("stops " + gd.querySelectorAll('[tabindex="0"]').length);
+      for (const name of ["Home", "ArrowRight", "End", "ArrowRight"]) { await key(grip, name); seen.push(count() + "=" + grip.getAttribute("aria-valuetext")); }
+      const entry = gd.querySelector(".legendtoggle"), before = off();
+      await key(entry, "Enter");
+      seen.push("off " + (off() > before) + " " + document.activeElement.matches(".legendtoggle"));
+      await key(gd.querySelector(".legendtoggle"), " ");
+      seen.push("on " + (off() === before));
+      const tools = [...gd.querySelectorAll(".modebar-btn")];
+      await key(tools[0], "ArrowLeft");
+      seen.push("last " + (document.activeElement === tools.at(-1)) + " " + gd.querySelectorAll('.modebar-btn[tabindex="0"]').length);
+      seen.push("cloud " + tools.some((tool) => /share/i.test(tool.getAttribute("aria-label") + tool.dataset.title)));
+      const maps = [...document.querySelectorAll('.circuitsvis [role="button"]')], zoomed = () => [...document.querySelectorAll(".circuitsvis h3")].at(-1).textContent;
+      await key(maps[1], "Enter");
+      seen.push("map " + (maps[1].getAttribute("aria-label") === "Head " + zoomed().replace(" Zoomed", "")));
+      document.body.dataset.seen = seen.join(", ");
+    })();</script>"""
+    path = tmp_path / "keys.html"
+    path.write_text(html.replace("</body>", probe + "</body>"), encoding="utf-8")
+    dom, console = browse(path, tmp_path, "--dump-dom")
+    assert console == []
+    assert study.trace is not None
+    assert study.trace.curve is not None
+    ks = [k for k in study.trace.curve.ks if 0 < k <= 150]
+    seen = re.search(r'data-seen="([^"]+)"', dom)
+    assert seen is not None
+    slider = [f"{k}={k}" for k in (ks[0], ks[1], ks[-1], ks[-1])]
+    assert seen.group(1).split(", ") == ["stops 3", *slider, "off true true", "on true", "last true 1", "cloud false", "map true"]
+
+
 def test_a_large_drop_that_the_test_cannot_see_is_not_called_irrelevance() -> None:
     weak = HeadSet("induction", "induction", "rule", samples.INDUCTION, "irrelevant", "No evidence.", samples.ablation(after=0.5))
     assert story.badge(weak) == "too few prompts to say"

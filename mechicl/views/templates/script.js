@@ -21,9 +21,54 @@
   };
   const draw = (id) => {
     const spec = specs.get(id);
-    const config = { responsive: true, displaylogo: false, showTips: false, plotlyServerURL: "", modeBarButtonsToRemove: ["lasso2d", "select2d", "sendDataToCloud", "editInChartStudio"],
+    const config = { responsive: true, displaylogo: false, showTips: false, plotlyServerURL: "", modeBarButtonsToRemove: ["lasso2d", "select2d", "sendChartToCloud", "editInChartStudio"],
       toImageButtonOptions: { format: "svg", filename: "mechicl_" + id } };
-    return Plotly.react(id, structuredClone(spec.data), layoutOf(spec), config);
+    return Plotly.react(id, structuredClone(spec.data), layoutOf(spec), config).then(reach);
+  };
+
+  // ---- figures by keyboard, which plotly leaves to the mouse: Tab stops once at the slider, the legend and the tools; arrow keys move inside, Enter or space presses
+  const moved = (e, k, n) => { const to = { ArrowRight: k + 1, ArrowDown: k + 1, ArrowLeft: k - 1, ArrowUp: k - 1, Home: 0, End: n - 1 }[e.key]; return to === undefined ? to : (to + n) % n; };
+  const parts = (gd) => ({ entries: [...gd.querySelectorAll(".legendtoggle")], tools: [...gd.querySelectorAll(".modebar-btn")] });
+  const stopOnce = (items) => { const at = Math.max(0, items.indexOf(document.activeElement)); items.forEach((item, k) => item.setAttribute("tabindex", k === at ? "0" : "-1")); };
+  const name = (gd) => {
+    const { entries, tools } = parts(gd), grip = gd.querySelector(".slider-container"), slider = (gd.layout.sliders || [])[0];
+    const bar = gd.querySelector(".modebar");
+    if (bar) { bar.setAttribute("role", "toolbar"); bar.setAttribute("aria-label", "Tools of the figure"); }
+    entries.forEach((entry) => { entry.setAttribute("role", "button"); entry.setAttribute("aria-label", "Show or hide " + entry.parentNode.textContent.trim()); });
+    stopOnce(entries);
+    stopOnce(tools);
+    if (grip && slider) {
+      const at = gd._fullLayout.sliders[0].active;
+      for (const [key, value] of Object.entries({ tabindex: 0, role: "slider", "aria-label": slider.currentvalue.prefix.replace(/[: ]+$/, ""), "aria-valuemin": 0, "aria-valuemax": slider.steps.length - 1, "aria-valuenow": at, "aria-valuetext": slider.steps[at].label })) grip.setAttribute(key, value);
+    }
+  };
+  const press = (gd, entry) => {
+    const k = parts(gd).entries.indexOf(entry);
+    for (const kind of ["mousedown", "mouseup"]) entry.dispatchEvent(new MouseEvent(kind, { bubbles: true, button: 0, view: window }));
+    gd.once("plotly_afterplot", () => { const again = parts(gd).entries[k]; if (again) again.focus(); }); // plotly may draw the legend anew
+  };
+  const slide = (gd, to) => {
+    const slider = gd.layout.sliders[0], [data, layout, which] = structuredClone(slider.steps[to].args);
+    return Plotly.update(gd, data, { ...layout, "sliders[0].active": to }, which);
+  };
+  const reach = (gd) => {
+    name(gd);
+    if (gd.dataset.reached) return;
+    gd.dataset.reached = "true";
+    gd.on("plotly_afterplot", () => name(gd));
+    gd.addEventListener("keydown", (e) => {
+      const { entries, tools } = parts(gd), item = e.target;
+      if (item.matches(".slider-container")) {
+        const n = gd.layout.sliders[0].steps.length, at = gd._fullLayout.sliders[0].active;
+        const to = { ArrowRight: at + 1, ArrowUp: at + 1, ArrowLeft: at - 1, ArrowDown: at - 1, PageUp: at + 5, PageDown: at - 5, Home: 0, End: n - 1 }[e.key];
+        if (to !== undefined) { e.preventDefault(); slide(gd, Math.min(n - 1, Math.max(0, to))); }
+        return;
+      }
+      const list = entries.includes(item) ? entries : tools.includes(item) ? tools : [];
+      const to = moved(e, list.indexOf(item), list.length);
+      if (list.length && to !== undefined) { e.preventDefault(); list[to].focus(); stopOnce(list); }
+      else if (list === entries && (e.key === "Enter" || e.key === " ")) { e.preventDefault(); press(gd, item); }
+    });
   };
   const visible = (id) => document.getElementById(id).offsetParent !== null;
   const drawn = new Set();
@@ -102,6 +147,8 @@
     }));
     const tip = (c) => { const p = +c.dataset.p; return word(p) + (head === "" ? "" : ": " + percent(row()[p]) + " of head " + head); };
     const choose = (c) => { if (head !== "" && data.heads[head].n === data.n) { dest = +c.dataset.p; paint(); } };
+    const cards = [...box.querySelectorAll(".card")]; // up and down: the example before and after
+    const beside = (c, way) => { const card = cards[cards.indexOf(c.closest(".card")) + way]; return cells.findIndex((o) => card && card.contains(o)); };
     if (cells.length) cells[0].tabIndex = 0;
     cells.forEach((c, k) => {
       const hint = () => {
@@ -113,11 +160,20 @@
       c.addEventListener("click", () => choose(c));
       c.addEventListener("keydown", (e) => {
         if (e.key === "Enter" || e.key === " ") { e.preventDefault(); choose(c); }
-        const to = { ArrowRight: k + 1, ArrowLeft: k - 1, Home: 0, End: cells.length - 1 }[e.key];
+        const to = { ArrowRight: k + 1, ArrowLeft: k - 1, Home: 0, End: cells.length - 1, ArrowDown: beside(c, 1), ArrowUp: beside(c, -1) }[e.key];
         if (to !== undefined && cells[to]) { e.preventDefault(); c.tabIndex = -1; cells[to].tabIndex = 0; cells[to].focus(); }
       });
     });
   });
+
+  // ---- circuitsvis' grid of heads takes clicks only: its small maps (the ones under a border) become buttons
+  const heads = (view) => view.querySelectorAll("h4").forEach((title) => {
+    const box = title.parentElement;
+    if (box.hasAttribute("tabindex") || box.style.borderStyle !== "solid") return;
+    for (const [key, value] of Object.entries({ tabindex: 0, role: "button", "aria-label": "Head " + title.textContent })) box.setAttribute(key, value);
+    box.addEventListener("keydown", (e) => { if (e.key === "Enter" || e.key === " ") { e.preventDefault(); box.click(); } });
+  });
+  document.querySelectorAll(".circuitsvis").forEach((view) => { heads(view); new MutationObserver(() => heads(view)).observe(view, { childList: true, subtree: true }); });
 
   // ---- where the reader is
   const links = new Map([...document.querySelectorAll("nav a")].map((a) => [a.getAttribute("href").slice(1), a]));
