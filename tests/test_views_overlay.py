@@ -10,7 +10,8 @@ import pytest
 import views_samples as samples
 
 from mechicl.errors import HeadIndexError, ImageError, NotFiniteError, OptionError
-from mechicl.views.overlay import Picture, Token, attention_row, overlay_picture, picture_grid, strip
+from mechicl.views.overlay import Picture, attention_row, overlay_picture, picture_grid
+from mechicl.views.strip import Token, strip
 
 
 def looking_at(position: int):

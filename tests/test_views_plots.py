@@ -9,7 +9,7 @@ import pytest
 import views_samples as samples
 
 from mechicl.errors import HeadIndexError, OptionError
-from mechicl.views import grids, theme
+from mechicl.views import theme, words
 from mechicl.views.plots import figure_json, plot, plot_pattern
 from mechicl.views.theme import DIVERGING
 
@@ -79,7 +79,7 @@ def test_all_scores_side_by_side_show_every_array_on_one_scale() -> None:
     result = samples.head_scores()
     figure = plot(result)
     maps = [t for t in figure.data if t.type == "heatmap"]
-    assert [t.name for t in maps] == [grids.words(name) for name in result.scores]
+    assert [t.name for t in maps] == [words.words(name) for name in result.scores]
     for cells, score in zip(maps, result.scores.values(), strict=True):
         np.testing.assert_array_equal(cells.z, score.value)
         assert cells.coloraxis == "coloraxis"
@@ -203,4 +203,4 @@ def test_unknown_heads_are_refused() -> None:
 
 
 def test_head_names_are_those_of_the_command_line() -> None:
-    assert grids.name((31, 15)) == "31.15"
+    assert words.name((31, 15)) == "31.15"

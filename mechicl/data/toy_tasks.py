@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, get_args
 
-import numpy as np
-
+from mechicl.data.toy_checks import at_least_two, burst, choice, counts, divides, not_negative, shares
 from mechicl.errors import OptionError
 
 Split = Literal["train", "ic", "ic2", "iw"]
@@ -62,12 +61,12 @@ class UnimodalTask:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _counts(self, "K", "L", "N", "D", "B", "n_novel")
-        _shares(self, "p_B", "p_C")
-        _not_negative(self, "eps", "alpha", "seed")
-        _at_least_two("L", self.L)
-        _divides("L", self.L, "K", self.K)
-        _burst(self.N, self.B)
+        counts(self, "K", "L", "N", "D", "B", "n_novel")
+        shares(self, "p_B", "p_C")
+        not_negative(self, "eps", "alpha", "seed")
+        at_least_two("L", self.L)
+        divides("L", self.L, "K", self.K)
+        burst(self.N, self.B)
         if self.no_repeats and self.N // self.B > self.L:
             raise OptionError(
                 f"N / B must be at most L for sequences without repeated labels; got {self.N // self.B} and {self.L}. Raise B or L, or allow repeats."
@@ -150,14 +149,14 @@ class MultimodalTask:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _counts(self, "K1", "K2", "L", "N", "D1", "D2", "B", "n_novel")
-        _shares(self, "p_B", "p_C")
-        _not_negative(self, "eps1", "eps2", "alpha1", "alpha2", "seed")
-        _choice("labels", self.labels, get_args(Labels))
-        _choice("m1_query", self.m1_query, get_args(M1Query))
-        _choice("iid_pairs", self.iid_pairs, get_args(IidPairs))
-        _at_least_two("L", self.L)
-        _burst(self.N, self.B)
+        counts(self, "K1", "K2", "L", "N", "D1", "D2", "B", "n_novel")
+        shares(self, "p_B", "p_C")
+        not_negative(self, "eps1", "eps2", "alpha1", "alpha2", "seed")
+        choice("labels", self.labels, get_args(Labels))
+        choice("m1_query", self.m1_query, get_args(M1Query))
+        choice("iid_pairs", self.iid_pairs, get_args(IidPairs))
+        at_least_two("L", self.L)
+        burst(self.N, self.B)
         if self.labels == "pair":
             self._check_pair()
         else:
@@ -173,16 +172,16 @@ class MultimodalTask:
             raise OptionError(f'G1 and G2 must be None with labels="pair"; got {self.G1} and {self.G2}. Use labels="joint".')
         if not 2 <= self.n_labels <= self.L:
             raise OptionError(f"L2 must be 2..L = {self.L}; got {self.L2}. Modality 2's labels are some of modality 1's.")
-        _divides("L", self.L, "K1", self.K1)
-        _divides("L2", self.n_labels, "K2", self.K2)
+        divides("L", self.L, "K1", self.K1)
+        divides("L2", self.n_labels, "K2", self.K2)
 
     def _check_joint(self) -> None:
         if self.L2 is not None:
             raise OptionError(f"L2 must be None with labels={self.labels!r}; got {self.L2}. Both modalities make the label together.")
         if self.G1 is None or self.G2 is None or self.G1 < 1 or self.G2 < 1 or self.G1 * self.G2 != self.L:
             raise OptionError(f"G1 * G2 must be L = {self.L} with labels={self.labels!r}; got {self.G1} and {self.G2}. Change one.")
-        _divides("G1", self.G1, "K1", self.K1)
-        _divides("G2", self.G2, "K2", self.K2)
+        divides("G1", self.G1, "K1", self.K1)
+        divides("G2", self.G2, "K2", self.K2)
         if self.m1_query == "mismatched":
             raise OptionError(
                 'm1_query must be "on" or "off" unless labels="pair"; got "mismatched". With joint labels another item of modality 1 is another answer.'
@@ -271,52 +270,8 @@ def layout(task: Task) -> Layout:
 
 def check_split(split: str) -> None:
     """Raises OptionError for a split that does not exist."""
-    _choice("split", split, get_args(Split))
+    choice("split", split, get_args(Split))
 
 
 def _whole(n: int, part: int) -> int:
     return max(n // part * part, part)
-
-
-def _counts(task: Task, *names: str) -> None:
-    for name in names:
-        value = getattr(task, name)
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-            raise OptionError(f"{name} must be a whole number of at least 1; got {value!r}. Count with whole numbers.")
-
-
-def _shares(task: Task, *names: str) -> None:
-    for name in names:
-        if not 0 <= getattr(task, name) <= 1:
-            raise OptionError(f"{name} must be a share in 0..1; got {getattr(task, name)!r}. 0 is none, 1 is all.")
-
-
-def _not_negative(task: Task, *names: str) -> None:
-    for name in names:
-        if not 0 <= getattr(task, name) < float("inf"):
-            raise OptionError(f"{name} must be a number of at least 0; got {getattr(task, name)!r}. 0 is the least.")
-
-
-def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise OptionError(f"{name} must be one of {', '.join(choices)}; got {value!r}. Pick one of them.")
-
-
-def _at_least_two(name: str, value: int) -> None:
-    if value < 2:
-        raise OptionError(f"{name} must be at least 2; got {value}. With one label nothing can be told apart.")
-
-
-def _divides(part_name: str, part: int, whole_name: str, whole: int) -> None:
-    if whole % part:
-        raise OptionError(
-            f"{part_name} must divide {whole_name}, so that every label has as many classes; got {part} and {whole}. "
-            f"The nearest {whole_name} is {max(round(whole / part), 1) * part}."
-        )
-
-
-def _burst(n: int, b: int) -> None:
-    if n % b or b >= n:
-        raise OptionError(
-            f"B must divide N and be below it; got B = {b} and N = {n}. B is how often each class of a bursty sequence is shown."
-        )

@@ -16,7 +16,7 @@ import numpy as np
 
 from mechicl.errors import NotFiniteError, OptionError
 from mechicl.results import Head, PromptView
-from mechicl.views.grids import name
+from mechicl.views.words import name
 
 MAX_TOKENS = 96
 """Tokens drawn by default; a pattern has their square in cells, and a browser slows down beyond about 100."""

@@ -22,9 +22,9 @@ from mechicl.results import (
     SiteEffects,
     Study,
 )
-from mechicl.views.grids import ALPHA, metric_words, name, significant
 from mechicl.views.story import against_random, heads_in_words, points, sentence
 from mechicl.views.trace_story import PAIRS, circuit_sentence
+from mechicl.views.words import ALPHA, metric_words, name, significant
 
 
 @dataclass(frozen=True)

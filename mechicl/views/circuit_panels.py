@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from mechicl.results import CircuitCurve, CircuitOverlap, Estimate
-from mechicl.views.grids import Spec, words
 from mechicl.views.theme import CHANCE, CHOSEN, INTACT, LINES, RANDOM
+from mechicl.views.words import Spec, words
 
 
 def number(value: float, digits: int = 2) -> str:

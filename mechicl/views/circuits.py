@@ -14,8 +14,8 @@ import numpy as np
 from mechicl.results import Circuit, CircuitCurve, Edge, Estimate
 from mechicl.views import graph
 from mechicl.views.circuit_panels import curve_panel, interval, number, points
-from mechicl.views.grids import Spec, metric_words, words
 from mechicl.views.theme import CHANCE, CHOSEN, CONTROL, INTACT, RANDOM, SINGLE
+from mechicl.views.words import Spec, metric_words, words
 
 MAX_EDGES = 150
 """Most edges that are drawn; more cannot be told apart."""

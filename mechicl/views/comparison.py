@@ -13,9 +13,9 @@ import numpy as np
 from mechicl.errors import OptionError
 from mechicl.results import Estimate
 from mechicl.results.comparison import QUANTILES, CheckpointSeries, Comparison, HeadsImprove, ScoreAgreement
-from mechicl.views.grids import Spec, name, words
 from mechicl.views.theme import CHOSEN, DASHES, INTACT, LINES, RANDOM, SEQUENTIAL
 from mechicl.views.trainings import band
+from mechicl.views.words import Spec, name, words
 
 COLUMNS = ((0.0, 0.27), (0.37, 0.63), (0.73, 1.0))
 """Where the panels of a row stand: pairs, distributions, tops."""

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from mechicl.results import Ablation, AblationCell, DoseCurve, Estimate, ICLAccuracy, Series
-from mechicl.views.grids import Spec, name, words
 from mechicl.views.theme import CHANCE, CHOSEN, CONTROL, DASHES, INTACT, LINES, RANDOM, SINGLE
+from mechicl.views.words import Spec, name, words
 
 _PERCENT = {"tickformat": ".0%", "range": [-0.03, 1.03]}
 

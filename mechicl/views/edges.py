@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from mechicl.results import EdgeScores, PathEffects, Receiver, Sender
-from mechicl.views.grids import ALPHA, Spec, metric_words, words
 from mechicl.views.panels import Panel, pack
 from mechicl.views.patching import agreement_panel, colours, start_of
 from mechicl.views.theme import RANDOM
+from mechicl.views.words import ALPHA, Spec, metric_words, words
 
 MOST_ROWS, MOST_COLUMNS = 48, 72
 """Beyond these, only the senders and receivers of the strongest edges are drawn."""

@@ -11,7 +11,6 @@ import numpy as np
 
 from mechicl.errors import OptionError
 from mechicl.results import ConditionTable, Estimate, FactorShares, MixedEffects, TaskEffects
-from mechicl.views.grids import ALPHA, Spec, words
 from mechicl.views.panels import (
     SYMBOLS,
     Panel,
@@ -27,6 +26,7 @@ from mechicl.views.panels import (
     titled,
 )
 from mechicl.views.theme import CHANCE, CHOSEN, CONTROL, INTACT, LINES, RANDOM, SEQUENTIAL, SINGLE
+from mechicl.views.words import ALPHA, Spec, words
 
 FIRST = ("last token", "query image", "query open", "query question")
 """Spans that the plane draws, the first two of these that there are."""

@@ -11,9 +11,9 @@ import numpy as np
 
 from mechicl.errors import HeadIndexError, OptionError
 from mechicl.results import Copying, Head, HeadCircuits, QKMatch
-from mechicl.views.grids import Spec, name, words
 from mechicl.views.marks import INTERVAL, axis_of, corners, extra, symmetric, written
 from mechicl.views.theme import CHANCE, CHOSEN, DIVERGING, INTACT, RANDOM
+from mechicl.views.words import Spec, name, words
 
 
 def copying_figure(result: HeadCircuits) -> Spec:

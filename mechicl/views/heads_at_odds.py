@@ -6,9 +6,9 @@ import numpy as np
 
 from mechicl.results import HeadsAtOdds, OddsRow
 from mechicl.views.captions import Words
-from mechicl.views.grids import ALPHA, Spec, words
 from mechicl.views.panels import Panel, estimates, interval, level_line, number, rows_panel, stack, titled
 from mechicl.views.theme import CHANCE, CHOSEN, INTACT, RANDOM
+from mechicl.views.words import ALPHA, Spec, words
 
 COLOURS = {"induction": INTACT, "function vector": CHOSEN}
 SYMBOLS = {"induction": "circle", "function vector": "diamond"}

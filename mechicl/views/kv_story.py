@@ -8,10 +8,10 @@ import numpy as np
 
 from mechicl.results import ContrastMargin, Estimate, FactorShares, KVShift, KVStory, SimilarityTest
 from mechicl.views.captions import Words
-from mechicl.views.grids import ALPHA
 from mechicl.views.margins import BASELINE
 from mechicl.views.panels import part_words, passes
 from mechicl.views.story import sentence
+from mechicl.views.words import ALPHA
 
 OURS = "Our definition; the paper's could not be read."
 DEFINITIONS: tuple[tuple[str, str], ...] = (

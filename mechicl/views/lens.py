@@ -11,9 +11,9 @@ import numpy as np
 
 from mechicl.errors import OptionError
 from mechicl.results import LogitLens, PromptLens
-from mechicl.views.grids import ALPHA, Spec, words
 from mechicl.views.marks import INTERVAL, axis_of, corners, extra, points, symmetric
 from mechicl.views.theme import CHANCE, CHOSEN, DIVERGING, SEQUENTIAL
+from mechicl.views.words import ALPHA, Spec, words
 
 _LENS = {
     "margin": "right label minus best wrong one, logits",

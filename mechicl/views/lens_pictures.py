@@ -13,10 +13,10 @@ import numpy as np
 
 from mechicl.errors import HeadIndexError, OptionError
 from mechicl.results import Head, HeadCircuits, LogitLens, PromptView
-from mechicl.views.grids import Spec, name, words
 from mechicl.views.lens import prompt_of
 from mechicl.views.overlay import open_picture, pictures
 from mechicl.views.theme import CHANCE, CHOSEN, INTACT
+from mechicl.views.words import Spec, name, words
 
 CLEAR = [
     [0.0, "rgba(8,48,107,0.8)"], [0.25, "rgba(33,102,172,0.62)"], [0.42, "rgba(103,163,207,0.38)"], [0.5, "rgba(246,245,242,0.04)"],

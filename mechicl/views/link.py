@@ -8,9 +8,9 @@ import numpy as np
 
 from mechicl.results import Estimate, LinkPrior, LinkScore, LinkScores
 from mechicl.views.captions import Words
-from mechicl.views.grids import Spec, words
 from mechicl.views.panels import Panel, level_line, stack, titled
 from mechicl.views.theme import CHANCE, CHOSEN, CONTROL, INTACT, LINES, RANDOM
+from mechicl.views.words import Spec, words
 
 BESIDE = {"nearest prototype": CONTROL, "copy last label": RANDOM}
 """Baselines that are drawn; the others are in the table."""

@@ -8,9 +8,9 @@ import numpy as np
 
 from mechicl.results import BuildOrSharpen, Estimate, Graft, LinkCircuit, LinkPriors, Score
 from mechicl.views.captions import Words
-from mechicl.views.grids import Spec, words
 from mechicl.views.panels import SYMBOLS, Panel, estimates, rows_panel, stack, titled
 from mechicl.views.theme import CHOSEN, CONTROL, DASHES, INTACT, LINES, RANDOM
+from mechicl.views.words import Spec, words
 
 NAN = float("nan")
 EMPTY = Estimate(NAN, NAN, NAN, 0)

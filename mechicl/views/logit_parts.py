@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from mechicl.results import LogitAttribution
-from mechicl.views.grids import Spec, words
 from mechicl.views.marks import INTERVAL, extra, points, symmetric, written, zero_line
 from mechicl.views.theme import CHOSEN, DIVERGING, RANDOM
+from mechicl.views.words import Spec, words
 
 
 def attribution_figure(result: LogitAttribution, *, top: int = 20) -> Spec:

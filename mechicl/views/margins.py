@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from mechicl.results import ContrastMap, ContrastMargin, Estimate, Head, MarginEffect, MarginPart
-from mechicl.views.grids import ALPHA, Spec, name, words
 from mechicl.views.panels import Panel, cells_panel, estimates, interval, level_line, number, part_words, passes, rows_panel, stack, titled
 from mechicl.views.theme import CHANCE, CHOSEN, CONTROL, DIVERGING, INTACT, RANDOM
+from mechicl.views.words import ALPHA, Spec, name, words
 
 BASELINE = "attention"
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mechicl.views.grids import Spec
 from mechicl.views.theme import RANDOM
+from mechicl.views.words import Spec
 
 INTERVAL = "95 % interval %{customdata[0]:.2f} to %{customdata[1]:.2f}"
 

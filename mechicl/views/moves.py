@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from mechicl.results import Estimate, FunctionVector, SpanKnockOut, SpanKnockOuts, Transplant
-from mechicl.views.grids import ALPHA, Spec, metric_words, words
 from mechicl.views.theme import CHANCE, CHOSEN, CONTROL, DASHES, INTACT, LINES, RANDOM
+from mechicl.views.words import ALPHA, Spec, metric_words, words
 
 
 def _forest(

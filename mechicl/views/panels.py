@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from mechicl.results import Estimate
-from mechicl.views.grids import ALPHA, Spec, words
 from mechicl.views.theme import CHANCE, RANDOM
+from mechicl.views.words import ALPHA, Spec, words
 
 FITS = 40
 """Rows of a heat map that still carry their numbers and names."""

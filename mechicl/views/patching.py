@@ -13,9 +13,9 @@ import numpy as np
 
 from mechicl.errors import OptionError
 from mechicl.results import Agreement, Attribution, PatchEffects, SiteEffects
-from mechicl.views.grids import ALPHA, Spec, metric_words, words
 from mechicl.views.panels import Panel, pack
 from mechicl.views.theme import CHANCE, CHOSEN, DIVERGING, INTACT, RANDOM
+from mechicl.views.words import ALPHA, Spec, metric_words, words
 
 MOST = 1.25
 """The colours end this far from the run that was patched into; a cell beyond it has the last colour and its own number."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, singledispatch
 from typing import TYPE_CHECKING, Any
 
@@ -28,58 +28,9 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from mechicl import results
 from mechicl.errors import OptionError
-from mechicl.results import (
-    Ablation,
-    Attribution,
-    Bands,
-    BuildOrSharpen,
-    Circuit,
-    CircuitCurve,
-    CircuitOverlap,
-    ConditionTable,
-    ContrastMap,
-    ContrastMargin,
-    Correlations,
-    DoseCurve,
-    EdgeScores,
-    Emergence,
-    Estimate,
-    FactorShares,
-    Forest,
-    FunctionVector,
-    Head,
-    HeadCircuits,
-    HeadsAtOdds,
-    HeadScores,
-    ICLAccuracy,
-    KnockOuts,
-    KnockOutTable,
-    KVShift,
-    LinkCircuit,
-    LinkPrior,
-    LinkPriors,
-    LinkScores,
-    LogitAttribution,
-    LogitLens,
-    MarginEffect,
-    MixedEffects,
-    PatchEffects,
-    PathEffects,
-    PromptView,
-    QKMatch,
-    RankingMatch,
-    RoleAttention,
-    Score,
-    Series,
-    SimilarityTest,
-    SpanKnockOuts,
-    Strategies,
-    Transplant,
-    Tuning,
-    WrittenAnswers,
-)
-from mechicl.results.comparison import CheckpointSeries, Comparison, HeadsImprove
+from mechicl.results import Attribution, Estimate, FactorShares, Head, HeadCircuits, LogitLens, PatchEffects, PromptView
 from mechicl.views import (
     circuit_panels,
     circuits,
@@ -106,6 +57,7 @@ from mechicl.views import (
     trainings,
     written,
 )
+from mechicl.views.words import Spec
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -113,7 +65,7 @@ if TYPE_CHECKING:
 __all__ = ["figure_json", "javascript", "plot", "plot_pattern", "plot_sweep"]
 
 
-def _figure(spec: grids.Spec, dark: bool = False) -> go.Figure:
+def _figure(spec: Spec, dark: bool = False) -> go.Figure:
     """The specification as a checked figure in the house template. Text from data is shown as text: plotly's own markup is switched off by escaping."""
     figure = go.Figure(curves.as_plain(spec))
     template = theme.template(dark)
@@ -149,69 +101,63 @@ def plot(result: Any, **options: Any) -> go.Figure:
     raise OptionError(f"result must be a result of mechicl.results; got {type(result).__name__}. Pass what an analysis returned.")
 
 
-@plot.register
-def _(result: Score, *, n_key_value_heads: int | None = None, top: int | None = None, dark: bool = False) -> go.Figure:
-    return _figure(grids.score_grid(result, n_key_value_heads=n_key_value_heads, top=top), dark)
+DRAWN: dict[type, Callable[..., Spec]] = {
+    results.Score: grids.score_grid,
+    results.HeadsAtOdds: heads_at_odds.odds,
+    results.HeadScores: grids.score_grids,
+    results.RoleAttention: grids.role_grid,
+    results.ICLAccuracy: curves.accuracy_rows,
+    results.Ablation: curves.ablation_rows,
+    results.DoseCurve: curves.dose_lines,
+    results.Series: curves.growth_lines,
+    results.Bands: trainings.growth_bands,
+    results.Emergence: trainings.emergence_rows,
+    results.Correlations: trainings.correlation_rows,
+    results.Forest: trainings.forest_rows,
+    results.KnockOutTable: trainings.knock_out_rows,
+    results.Transplant: moves.transplant_rows,
+    results.FunctionVector: moves.function_vector_lines,
+    results.SpanKnockOuts: moves.knock_out_pairs,
+    results.PathEffects: edges.edge_grid,
+    results.EdgeScores: edges.edge_grid,
+    results.Circuit: circuits.circuit_graph,
+    results.CircuitCurve: circuits.circuit_slider,
+    results.CircuitOverlap: circuit_panels.overlap_rows,
+    results.LogitAttribution: logit_parts.attribution_figure,
+    results.QKMatch: head_parts.match_figure,
+    results.KVShift: shift.shift_maps,
+    results.SimilarityTest: shift.similarity_rows,
+    results.ConditionTable: factors.condition_rows,
+    results.MixedEffects: factors.mixed_rows,
+    results.ContrastMargin: margins.margin_maps,
+    results.MarginEffect: margins.dose_curve,
+    results.ContrastMap: margins.map_rows,
+    results.LinkScores: link.link_lines,
+    results.LinkPrior: link.prior_lines,
+    results.LinkCircuit: link_circuit.circuit_rows,
+    results.BuildOrSharpen: link_circuit.build_rows,
+    results.LinkPriors: link_circuit.priors_lines,
+    results.Strategies: strategies.strategy_rows,
+    results.KnockOuts: protocol.knock_out_panels,
+    results.RankingMatch: protocol.ranking_points,
+    results.Tuning: protocol.tuning_rows,
+    results.WrittenAnswers: written.written_lines,
+    results.Comparison: comparison.comparison_panels,
+    results.HeadsImprove: comparison.improvement_rows,
+    results.CheckpointSeries: comparison.checkpoint_panels,
+}
+"""Kind of result -> the function that lays its figure out. Its keyword options are those of `plot`, beside `dark`."""
 
 
-@plot.register
-def _(result: HeadsAtOdds, *, dark: bool = False) -> go.Figure:
-    return _figure(heads_at_odds.odds(result), dark)
+def _drawn_by(lay_out: Callable[..., Spec]) -> Callable[..., go.Figure]:
+    def drawn(result: Any, *, dark: bool = False, **options: Any) -> go.Figure:
+        return _figure(lay_out(result, **options), dark)
+
+    return drawn
 
 
-@plot.register
-def _(result: HeadScores, *, columns: int = 3, dark: bool = False) -> go.Figure:
-    return _figure(grids.score_grids(result, columns=columns), dark)
-
-
-@plot.register
-def _(result: RoleAttention, *, heads: Sequence[Head] | None = None, limit: int = 40, dark: bool = False) -> go.Figure:
-    return _figure(grids.role_grid(result, heads=heads, limit=limit), dark)
-
-
-@plot.register
-def _(result: ICLAccuracy, *, controls: Any = None, dark: bool = False) -> go.Figure:
-    return _figure(curves.accuracy_rows(result, controls=controls), dark)
-
-
-@plot.register
-def _(result: Ablation, *, singles: int = 12, dark: bool = False) -> go.Figure:
-    return _figure(curves.ablation_rows(result, singles=singles), dark)
-
-
-@plot.register
-def _(result: DoseCurve, *, dark: bool = False) -> go.Figure:
-    return _figure(curves.dose_lines(result), dark)
-
-
-@plot.register
-def _(result: Series, *, dark: bool = False) -> go.Figure:
-    return _figure(curves.growth_lines(result), dark)
-
-
-@plot.register
-def _(result: Bands, *, changes: Emergence | None = None, log: bool = True, dark: bool = False) -> go.Figure:
-    return _figure(trainings.growth_bands(result, changes=changes, log=log), dark)
-
-
-@plot.register
-def _(result: Emergence, *, dark: bool = False) -> go.Figure:
-    return _figure(trainings.emergence_rows(result), dark)
-
-
-@plot.register
-def _(result: Correlations, *, top: int = 20, dark: bool = False) -> go.Figure:
-    return _figure(trainings.correlation_rows(result, top=top), dark)
-
-
-@plot.register
-def _(result: Forest, *, top: int = 15, dark: bool = False) -> go.Figure:
-    return _figure(trainings.forest_rows(result, top=top), dark)
-
-
-@plot.register
-def _(result: KnockOutTable, *, dark: bool = False) -> go.Figure:
-    return _figure(trainings.knock_out_rows(result), dark)
+for _kind, _lay_out in DRAWN.items():
+    plot.register(_kind, _drawn_by(_lay_out))
 
 
 @plot.register(PatchEffects)
@@ -221,47 +167,6 @@ def _(
 ) -> go.Figure:  # fmt: skip
     spec = patching.patch_site(result, site) if site is not None else patching.patch_grids(result, sites=sites, columns=columns)
     return _figure(spec, dark)
-
-
-@plot.register
-def _(result: Transplant, *, dark: bool = False) -> go.Figure:
-    return _figure(moves.transplant_rows(result), dark)
-
-
-@plot.register
-def _(result: FunctionVector, *, dark: bool = False) -> go.Figure:
-    return _figure(moves.function_vector_lines(result), dark)
-
-
-@plot.register
-def _(result: SpanKnockOuts, *, dark: bool = False) -> go.Figure:
-    return _figure(moves.knock_out_pairs(result), dark)
-
-
-@plot.register(PathEffects)
-@plot.register(EdgeScores)
-def _(result: PathEffects | EdgeScores, *, dark: bool = False) -> go.Figure:
-    return _figure(edges.edge_grid(result), dark)
-
-
-@plot.register
-def _(result: Circuit, *, dark: bool = False) -> go.Figure:
-    return _figure(circuits.circuit_graph(result), dark)
-
-
-@plot.register
-def _(result: CircuitCurve, *, max_edges: int = circuits.MAX_EDGES, dark: bool = False) -> go.Figure:
-    return _figure(circuits.circuit_slider(result, max_edges=max_edges), dark)
-
-
-@plot.register
-def _(result: CircuitOverlap, *, dark: bool = False) -> go.Figure:
-    return _figure(circuit_panels.overlap_rows(result), dark)
-
-
-@plot.register
-def _(result: LogitAttribution, *, top: int = 20, dark: bool = False) -> go.Figure:
-    return _figure(logit_parts.attribution_figure(result, top=top), dark)
 
 
 @plot.register
@@ -283,25 +188,10 @@ def _(
 
 
 @plot.register
-def _(result: QKMatch, *, dark: bool = False) -> go.Figure:
-    return _figure(head_parts.match_figure(result), dark)
-
-
-@plot.register
 def _(result: HeadCircuits, *, head: Head | None = None, pictures: bool = False, dark: bool = False) -> go.Figure:
     if pictures:
         return _figure(lens_pictures.score_pictures(result, heads=None if head is None else [head]), dark)
     return _figure(head_parts.circuits_figure(result, head=head), dark)
-
-
-@plot.register
-def _(result: KVShift, *, measure: str = "relative_l2", dark: bool = False) -> go.Figure:
-    return _figure(shift.shift_maps(result, measure=measure), dark)
-
-
-@plot.register
-def _(result: SimilarityTest, *, dark: bool = False) -> go.Figure:
-    return _figure(shift.similarity_rows(result), dark)
 
 
 @plot.register
@@ -311,96 +201,6 @@ def _(result: FactorShares, *, show: str = "plane", spans: Sequence[str] | None 
     if show == "plane":
         return _figure(factors.plane(result, spans=spans), dark)
     return _figure(factors.share_maps(result) if show == "shares" else factors.answer_rows(result), dark)
-
-
-@plot.register
-def _(result: ConditionTable, *, dark: bool = False) -> go.Figure:
-    return _figure(factors.condition_rows(result), dark)
-
-
-@plot.register
-def _(result: MixedEffects, *, dark: bool = False) -> go.Figure:
-    return _figure(factors.mixed_rows(result), dark)
-
-
-@plot.register
-def _(result: ContrastMargin, *, dark: bool = False) -> go.Figure:
-    return _figure(margins.margin_maps(result), dark)
-
-
-@plot.register
-def _(result: MarginEffect, *, dark: bool = False) -> go.Figure:
-    return _figure(margins.dose_curve(result), dark)
-
-
-@plot.register
-def _(result: ContrastMap, *, dark: bool = False) -> go.Figure:
-    return _figure(margins.map_rows(result), dark)
-
-
-@plot.register
-def _(result: LinkScores, *, dark: bool = False) -> go.Figure:
-    return _figure(link.link_lines(result), dark)
-
-
-@plot.register
-def _(result: LinkPrior, *, dark: bool = False) -> go.Figure:
-    return _figure(link.prior_lines(result), dark)
-
-
-@plot.register
-def _(result: LinkCircuit, *, dark: bool = False) -> go.Figure:
-    return _figure(link_circuit.circuit_rows(result), dark)
-
-
-@plot.register
-def _(result: BuildOrSharpen, *, dark: bool = False) -> go.Figure:
-    return _figure(link_circuit.build_rows(result), dark)
-
-
-@plot.register
-def _(result: LinkPriors, *, dark: bool = False) -> go.Figure:
-    return _figure(link_circuit.priors_lines(result), dark)
-
-
-@plot.register
-def _(result: Strategies, *, dark: bool = False) -> go.Figure:
-    return _figure(strategies.strategy_rows(result), dark)
-
-
-@plot.register
-def _(result: KnockOuts, *, dark: bool = False) -> go.Figure:
-    return _figure(protocol.knock_out_panels(result), dark)
-
-
-@plot.register
-def _(result: RankingMatch, *, dark: bool = False) -> go.Figure:
-    return _figure(protocol.ranking_points(result), dark)
-
-
-@plot.register
-def _(result: Tuning, *, dark: bool = False) -> go.Figure:
-    return _figure(protocol.tuning_rows(result), dark)
-
-
-@plot.register
-def _(result: WrittenAnswers, *, dark: bool = False) -> go.Figure:
-    return _figure(written.written_lines(result), dark)
-
-
-@plot.register
-def _(result: Comparison, *, scores: Sequence[str] | None = None, dark: bool = False) -> go.Figure:
-    return _figure(comparison.comparison_panels(result, scores=scores), dark)
-
-
-@plot.register
-def _(result: HeadsImprove, *, dark: bool = False) -> go.Figure:
-    return _figure(comparison.improvement_rows(result), dark)
-
-
-@plot.register
-def _(result: CheckpointSeries, *, heads: int = 12, dark: bool = False) -> go.Figure:
-    return _figure(comparison.checkpoint_panels(result, heads=heads), dark)
 
 
 def plot_sweep(

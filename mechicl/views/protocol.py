@@ -8,9 +8,9 @@ import numpy as np
 
 from mechicl.results import Estimate, KnockOutRow, KnockOuts, RankingMatch, Tuning, TuningChange
 from mechicl.views.captions import Words
-from mechicl.views.grids import Spec, name, words
 from mechicl.views.panels import Panel, estimates, number, rows_panel, stack, titled
 from mechicl.views.theme import CHOSEN, CONTROL, INTACT, LINES, RANDOM
+from mechicl.views.words import Spec, name, words
 
 KINDS = {"intact": ("intact model", INTACT, "circle"), "control": ("control", CONTROL, "diamond"), "published": ("heads by the published scores", CHOSEN, "square"),
          "ours": ("heads by our scores", LINES[5], "triangle-up")}  # fmt: skip

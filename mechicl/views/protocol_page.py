@@ -14,9 +14,9 @@ from mechicl.results import DoseCurve, Estimate, HeadScores, ProtocolStudy, Publ
 from mechicl.results.protocol import spoken
 from mechicl.views import captions, plots, tables
 from mechicl.views.captions import Words
-from mechicl.views.grids import name, significant
 from mechicl.views.page import Block, block, check_writable, csv_link, environment, provenance_rows, static, themes, write_html
 from mechicl.views.protocol import about_knock_outs, about_ranking, about_tuning
+from mechicl.views.words import name, significant
 
 TITLES = {"huang2026": "Previous-token and induction heads of a vision-language model: the protocol of Huang et al. 2026"}
 MARKS = {

@@ -14,11 +14,11 @@ import pandas as pd
 from markupsafe import Markup
 
 from mechicl.results import PromptView, Study
-from mechicl.views import attention, captions, overlay, plots, story, tables, theme
-from mechicl.views.grids import name
+from mechicl.views import attention, captions, overlay, plots, story, strip, tables, theme
 from mechicl.views.kv_sections import kv_section
 from mechicl.views.page import LIMIT_BYTES, Block, block, check_writable, csv_link, environment, provenance_rows, static, themes, write_html
 from mechicl.views.traces import trace_sections
+from mechicl.views.words import name
 
 __all__ = ["LIMIT_BYTES", "ReportContent", "check_writable", "render_report", "write_report"]
 
@@ -56,7 +56,7 @@ def render_report(content: ReportContent) -> str:
         .render(
             title=title, command=content.command, study=study, headline=story.headline(study), summary=story.summary(study), tiles=story.top_line(study),
             learns=story.learns(study.accuracy), accuracy=_accuracy(study), overview=_overview(study), scores=_scores(study), roles=_roles(study),
-            strips=[(overlay.strip(view, _groups(study, chosen, view)), f"strip-{k}", [csv_link(f"prompt-{k}", tables.prompt_frame(view))]) for k, view in enumerate(prompts)], badge=story.badge,
+            strips=[(strip.strip(view, _groups(study, chosen, view)), f"strip-{k}", [csv_link(f"prompt-{k}", tables.prompt_frame(view))]) for k, view in enumerate(prompts)], badge=story.badge,
             overlays=_overlays(study, prompts), overlay_words=captions.about_overlay(), patterns=[v for v in views if v], sets=_sets(study), effects=_effects(study), growth=_growth(study), trace=trace_sections(study.trace), kv=kv_section(study.kv),
             provenance=_provenance(study), definitions=captions.DEFINITIONS, kinds=theme.ROLE_COLOURS, name=name,
             style=Markup(static("style.css")), script=Markup(static("script.js")), plotly=Markup(plots.javascript()),

@@ -10,9 +10,9 @@ import numpy as np
 from mechicl.errors import OptionError
 from mechicl.results import KVShift, SimilarityTest
 from mechicl.results.shift import MEASURES, FillerTest
-from mechicl.views.grids import ALPHA, Spec, words
 from mechicl.views.panels import Panel, cells_panel, estimates, head_rows, part_words, passes, rows_panel, scaled, stack, titled
 from mechicl.views.theme import CHOSEN, CONTROL, DIVERGING, RANDOM, SEQUENTIAL
+from mechicl.views.words import ALPHA, Spec, words
 
 CALLED = {"relative_l2": "relative L2 shift", "cosine_distance": "1 \u2212 cosine", "cka": "linear CKA"}
 """Measures as figures call them."""

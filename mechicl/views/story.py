@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from mechicl.results import Ablation, Estimate, Head, HeadSet, ICLAccuracy, Study
 from mechicl.views.curves import falls_as_far
-from mechicl.views.grids import name
+from mechicl.views.words import name
 
 
 def percent(estimate: Estimate) -> str:

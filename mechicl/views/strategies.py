@@ -6,9 +6,9 @@ import numpy as np
 
 from mechicl.results import Estimate, Strategies
 from mechicl.results.anchored import StrategyScore
-from mechicl.views.grids import ALPHA, Spec, words
 from mechicl.views.panels import Panel, estimates, rows_panel, stack, titled
 from mechicl.views.theme import CHOSEN, CONTROL, INTACT, LINES
+from mechicl.views.words import ALPHA, Spec, words
 
 MEASURES = (("accuracy", "accuracy"), ("auroc", "AUROC"), ("f1", "F1"))
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star")

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 
 from mechicl.errors import OptionError
-from mechicl.views.grids import Spec, words
 from mechicl.views.theme import CHANCE, DASHES, LINES
 from mechicl.views.trainings import PERCENT, band, called
+from mechicl.views.words import Spec, words
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross", "triangle-down")
 

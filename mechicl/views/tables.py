@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import pandas as pd
 
 from mechicl.results import Ablation, Estimate, Head, ICLAccuracy, PromptView
-from mechicl.views.grids import name
 from mechicl.views.overlay import OverlayRow
+from mechicl.views.words import name
 
 
 @dataclass(frozen=True)

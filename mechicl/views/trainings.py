@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from mechicl.results import Bands, Correlations, Emergence, Estimate, Forest, KnockOutTable
-from mechicl.views.grids import Spec, words
 from mechicl.views.theme import CHANCE, CHOSEN, CONTROL, DASHES, INTACT, LINES, RANDOM, SINGLE
+from mechicl.views.words import Spec, words
 
 KIND_COLOURS = {"intact": INTACT, "heads": CHOSEN, "random heads": RANDOM, "modality": SINGLE, "random tokens": RANDOM}
 PERCENT = {"tickformat": ".0%", "range": [-0.03, 1.03]}

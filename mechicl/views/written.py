@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from mechicl.results import Estimate
 from mechicl.results.written import WrittenAnswers
 from mechicl.views.captions import Words
-from mechicl.views.grids import Spec, words
 from mechicl.views.panels import Panel, level_line, stack, titled
 from mechicl.views.theme import CHOSEN, CONTROL, INTACT, LINES, RANDOM
+from mechicl.views.words import Spec, words
 
 
 def written_lines(result: WrittenAnswers) -> Spec:
