@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -89,46 +89,108 @@ def test_text_that_would_act_on_the_prompt_is_refused_or_means_nothing_to_this_f
             assert read_back(renderer, strange(text, "label"), "label")[0] == text, name
 
 
-GLUE = st.text(st.sampled_from("abc [](){}.:\n§é中"), min_size=1, max_size=6).filter(
-    lambda s: "{{" not in s and "{%" not in s and "{#" not in s
-)
+GLUE = st.text(st.sampled_from("abc [](){}.:\n§é中"), min_size=1, max_size=6)
+LABELS = st.sampled_from(["dax", "user", "a", "abc"])
+PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+def chat_template(before: str, after: str, *, trims: bool = False, turn: str = "", prompt: str = "") -> str:
+    """`before`, the role, `turn`, what is said (stripped if `trims`) and `after`, turn by turn; a prompt ends with `before`, "assistant" and `prompt`."""
+    # as values: beside its blocks Jinja takes line breaks and spaces away
+    before, after, turn, prompt = ("{{ '" + text.replace("\n", "\\n") + "' }}" for text in (before, after, turn, prompt))
+    said = "part.text | trim" if trims else "part.text"
+    return (
+        "{% for m in messages %}" + before + "{{ m.role }}" + turn + "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+        "{% if part.type == 'image' %}" + PICTURE + "{% else %}{{ " + said + " }}{% endif %}{% endfor %}{% endif %}" + after + "{% endfor %}"
+        "{% if add_generation_prompt %}" + before + "assistant" + prompt + "{% endif %}"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("turn", "prompt"), [("\n", "\n"), (":", ":"), (": ", ":"), (" ", ""), ("]\n\n", "]\n\n")])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(before=GLUE, after=GLUE, trims=st.booleans(), label=LABELS)
+def test_roles_are_exact_in_any_template(
+    organism: Organism, turn: str, prompt: str, before: str, after: str, trims: bool, label: str
+) -> None:
+    """Templates of random words around every turn, some of which strip the text. Something parts a label from what stands around it, so none is refused."""
+    model, processor = organism("qwen2_5_vl")
+    template = chat_template(before, "\n" + after, trims=trims, turn=turn, prompt=prompt)
+    renderer = Renderer(processor, model.config, chat_template=template)
+    assert read_back(renderer, strange(label, "label"), "label")[0] == label
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(before=GLUE, after=GLUE, trims=st.booleans(), label=st.sampled_from(["dax", "user", "a", "abc", " "]))
-def test_roles_are_exact_in_any_template(organism: Organism, before: str, after: str, trims: bool, label: str) -> None:
-    """Templates of random words around every turn, some of which strip the text: spans say what stands there, or the template is refused."""
+@given(before=GLUE, after=GLUE, label=LABELS)
+@example(before="a", after="\n", label="dax")
+@example(before=":", after="a", label="user")
+@example(before="\n", after=" \n", label="dax")
+@example(before="中", after="中", label="abc")
+def test_a_template_that_runs_into_its_labels_is_refused_if_the_tokenizer_joins_them(
+    organism: Organism, before: str, after: str, label: str
+) -> None:
+    """Nothing parts a label from what stands around it: the tokenizer, asked apart, says whether a token holds a part of both."""
     model, processor = organism("qwen2_5_vl")
-    words = "part.text | trim" if trims else "part.text"
-    template = (
-        "{% for m in messages %}" + before + "{{ m.role }}{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
-        "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ "
-        + words
-        + " }}{% endif %}{% endfor %}{% endif %}"
-        + after
-        + "{% endfor %}{% if add_generation_prompt %}"
-        + before
-        + "assistant{% endif %}"
-    )
-    try:
-        renderer = Renderer(processor, model.config, chat_template=template)
-        found = read_back(renderer, strange(label, "label"), "label")
-    except (RenderError, EpisodeError):
-        return
-    assert found[0] == label.strip()
+    start = f"{before}user{PICTURE}What?{after}"
+    turns = [f"{before}assistant{name}{after}" for name in (label, "kimo")]
+    text = "".join(start + turn for turn in turns) + f"{start}{before}assistant"
+    edges = [len(start + before) + len("assistant"), len(start + turns[0] + start + before) + len("assistant")]
+    edges = [(at, at + len(name)) for at, name in zip(edges, (label, "kimo"), strict=True)]
+    assert [text[a:b] for a, b in edges] == [label, "kimo"]
+    joined = any(crosses(processor.tokenizer, text, at) for pair in edges for at in pair)
+    joined = joined or any(crosses(processor.tokenizer, text + name, len(text)) for name in (label, "kimo"))
+    renderer = Renderer(processor, model.config, chat_template=chat_template(before, after))
+    if joined:
+        with pytest.raises(RenderError, match=r"tokens must stay the same|must belong to one piece|must say the label only"):
+            renderer.render([strange(label, "label")])
+    else:
+        assert read_back(renderer, strange(label, "label"), "label")[0] == label
 
 
-@settings(max_examples=60, deadline=None)
-@given(data=st.data(), kind=st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "BMP"]))
-def test_damaged_pictures_are_a_picture_or_an_error_of_ours(data: st.DataObject, kind: str) -> None:
+def crosses(tokenizer: Any, text: str, at: int) -> bool:
+    """Does a token begin before character `at` and end behind it?"""
+    return any(a < at < b for a, b in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"])
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n", "\u3000"])
+def test_a_label_that_says_nothing_is_refused(text: str) -> None:
+    with pytest.raises(EpisodeError):
+        strange(text, "label")
+
+
+def saved(kind: str) -> bytes:
     file = io.BytesIO()
     picture().save(file, kind)
-    raw = bytearray(file.getvalue())
+    return file.getvalue()
+
+
+def opened(raw: bytes) -> Image.Image:
+    return open_picture(io.BytesIO(raw), max_pixels=10**6)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP"])
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_damaged_pictures_are_a_picture_or_an_error_of_ours(kind: str, data: st.DataObject) -> None:
+    raw = bytearray(saved(kind))
     for at in data.draw(st.lists(st.integers(0, len(raw) - 1), min_size=1, max_size=6)):
         raw[at] = data.draw(st.integers(0, 255))
     raw = raw[: data.draw(st.integers(1, len(raw)))]
     with contextlib.suppress(ImageError):
-        assert open_picture(io.BytesIO(bytes(raw)), max_pixels=10**6).mode == "RGB"
+        assert opened(bytes(raw)).mode == "RGB"
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP"])
+def test_a_whole_picture_is_opened_and_half_of_one_is_not(kind: str) -> None:
+    raw = saved(kind)
+    assert opened(raw).size == (28, 28)
+    with pytest.raises(ImageError):
+        opened(raw[: len(raw) // 2])
+    with pytest.raises(ImageError):
+        opened(b"x" + raw[1:])
+    if kind == "BMP":  # no checksum and no compression: one wrong byte is one wrong colour
+        assert np.abs(np.asarray(opened(raw[:-1] + bytes([raw[-1] ^ 255])), dtype=int) - np.asarray(opened(raw), dtype=int)).sum() == abs(
+            255 - 2 * raw[-1]
+        )
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "I;16", "F", "HSV"])

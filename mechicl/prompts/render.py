@@ -175,8 +175,14 @@ class Renderer:
         everyone: list[Span] = []
         for piece in pieces:
             inside = (chars[:, 0] < piece.stop) & (chars[:, 1] > piece.start)
-            claim(owners, inside, len(everyone), piece.owner, name, text[piece.start : piece.stop])
+            what = text[piece.start : piece.stop]
+            claim(owners, inside, len(everyone), piece.owner, name, what)
             everyone.append(piece.owner)
+            said = text[chars[inside, 0].min() : chars[inside, 1].max()]
+            if piece.owner.role == "label" and said.strip() != what.strip():  # a space may stand in a label's token, another word may not
+                raise RenderError(
+                    f"{name}: a label's tokens must say the label only; those of {what!r} say {said!r}. Let the chat template put a space or a line break between."
+                )
         self._claim_pictures(owners, everyone, np.array(ids), chars, regions, episode, name)
         cut = tail_start(ids, chars, set(self.tokenizer.all_special_ids))
         return Rendered(ids, [everyone[k] if k >= 0 else None for k in owners], text, (cut, int(chars[cut, 0])))
