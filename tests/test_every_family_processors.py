@@ -49,7 +49,7 @@ def without_mixing(family: str) -> tuple[Any, Any]:
 def keep_own_cell(conv: torch.nn.Conv2d) -> None:
     """Nothing is read beyond the stride x stride inputs that are an output's own."""
     kept = torch.zeros(conv.kernel_size)
-    (top, left), (tall, wide) = (int(n) for n in conv.padding), conv.stride
+    (top, left), (tall, wide) = ((0, 0) if isinstance(conv.padding, str) else conv.padding), conv.stride  # "valid" is the only word in use
     kept[top : top + tall, left : left + wide] = 1
     conv.weight.mul_(kept)
 
