@@ -20,13 +20,15 @@ OUT_OF_SCOPE = tuple(name for name, family in FAMILIES.items() if family.refused
 """The rest of the mapping: refused by name."""
 
 
-def configuration(family: str, *, vocabulary: int | None = None, ids: Mapping[str, int] | None = None) -> Any:
-    """The family's configuration, as small as it gets; with the vocabulary and the special tokens of a tokenizer where they are given."""
+def configuration(
+    family: str, *, vocabulary: int | None = None, ids: Mapping[str, int] | None = None, more: Mapping[str, Mapping[str, Any]] | None = None
+) -> Any:
+    """The family's configuration, as small as it gets; with the vocabulary, the special tokens and the sizes of a processor where they are given."""
     from transformers import CONFIG_MAPPING
 
     kind: Any = CONFIG_MAPPING[family]
     kwargs = tiny(kind())
-    for part, new in SPECIAL.get(family, {}).items():
+    for part, new in (*SPECIAL.get(family, {}).items(), *(more or {}).items()):
         (kwargs.setdefault(part, {}) if part else kwargs).update(new)
     if vocabulary is not None:
         owner = kwargs.get("text_config", kwargs)

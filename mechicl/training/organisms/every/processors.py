@@ -38,7 +38,7 @@ def class_name(part: str, family: str) -> str:
         "video_processing": "VIDEO_PROCESSOR_MAPPING_NAMES",
     }
     found = getattr(module, names[part]).get(family) or ""
-    return found if isinstance(found, str) else found["torchvision"]
+    return found if isinstance(found, str) else found.get("torchvision") or next(iter(found.values()))
 
 
 def build_processor(family: str) -> Any:
@@ -76,7 +76,10 @@ def build_whole(family: str, *, seed: int = 0) -> tuple[Any, Any]:
     processor = build_processor(family)
     tokenizer, recipe = processor.tokenizer, RECIPES[family]
     config = configuration(
-        family, vocabulary=padded(len(tokenizer)), ids={name: token_id(tokenizer, token) for name, token in recipe.ids.items()}
+        family,
+        vocabulary=padded(len(tokenizer)),
+        ids={name: token_id(tokenizer, token) for name, token in recipe.ids.items()},
+        more=recipe.config(tokenizer) if recipe.config else None,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -28,7 +28,7 @@ SPECIAL: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "cosmos3_omni": {"text_config": {"rope_parameters": INTERLEAVED}},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"], "num_experts_per_tok": 2}},
     "dots3_note": {
-        "text_config": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 24, "swa_kv_lora_rank": 16, "swa_head_dim": 32, "swa_qk_nope_head_dim": 24, "swa_v_head_dim": 12},
+        "text_config": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 24, "swa_kv_lora_rank": 16, "swa_head_dim": 32, "swa_qk_nope_head_dim": 24, "swa_v_head_dim": 12, "index_n_heads": 16},  # as in mistral_large4
         "vision_config": {"mlp_layer_types": ["dense", "sparse", "dense"], "adapter_in_dim": WIDTH, "adapter_out_dim": D_MODEL},
     },
     "emu3": {"": {"vocabulary_map": {"<image>": PICTURE, "<|extra_200|>": PICTURE + 1, **{f"<|visual token {i:06d}|>": 100 + i for i in range(16)}}}},

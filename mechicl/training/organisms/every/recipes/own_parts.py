@@ -2,11 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from mechicl.training.organisms.every.recipes.recipe import Recipe
+from mechicl.training.organisms.every.recipes.recipe import GRID, SQUARE, Recipe
+from mechicl.training.organisms.every.shrink import PATCH, SIDE
+from mechicl.training.tokenizer import token_id
 
-RECIPES: Mapping[str, Recipe] = {}
+Parts = Callable[[Any], Mapping[str, Any]]
+
+
+def hearing(family: str) -> Parts:
+    """What reads sound in a family, made with its own sizes: no prompt of ours has any."""
+
+    def parts(tokenizer: Any) -> Mapping[str, Any]:
+        import transformers
+        from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING_NAMES
+
+        return {"feature_extractor": getattr(transformers, str(FEATURE_EXTRACTOR_MAPPING_NAMES[family]))()}
+
+    return parts
+
+
+def soft_tokens(tokenizer: Any) -> Mapping[str, Mapping[str, Any]]:
+    """Gemma 3n: the soft tokens of pictures and sound lie behind all words, each kind with a vocabulary of its own."""
+    image, audio = token_id(tokenizer, "<image_soft_token>"), token_id(tokenizer, "<audio_soft_token>")
+    return {
+        "text_config": {"vocab_size_per_layer_input": image},
+        "vision_config": {"vocab_offset": image, "vocab_size": audio - image},
+        "audio_config": {"vocab_offset": audio, "vocab_size": 2},
+    }
+
+
+_GEMMA = {"boi_token": "<|image>", "eoi_token": "<image|>", "boa_token": "<|audio>", "eoa_token": "<audio|>", "image_token": "<|image|>", "audio_token": "<|audio|>"}  # fmt: skip
+_GEMMA_IDS = {
+    "boi_token_id": "<|image>", "eoi_token_id": "<image|>", "boa_token_id": "<|audio>", "image_token_id": "<|image|>", "audio_token_id": "<|audio|>", "video_token_id": "<|video|>",
+}  # fmt: skip
+_POOLED = {"patch_size": PATCH, "max_soft_tokens": 70, "pooling_kernel_size": 2}
+
+RECIPES: Mapping[str, Recipe] = {
+    "inkling2": Recipe(
+        "<|picture|>", {"image_token": "<|picture|>"}, images={"size": {"height": SIDE, "width": SIDE}}, ids={"image_token_id": "<|picture|>"},
+        config=lambda tokenizer: {"vision_config": {"patch_size": SIDE // 2}},
+    ),
+    "dots3_note": Recipe(
+        "<|img|><|imgpad|><|endofimg|>", extra=("<|img|>", "<|imgpad|>", "<|endofimg|>", "<|video_pad|>", "<|audio_comp_pad|>"), images={**GRID, "temporal_patch_size": 1},
+        ids={"image_token_id": "<|imgpad|>", "video_token_id": "<|video_pad|>", "audio_token_id": "<|audio_comp_pad|>"}, parts=hearing("dots3_note"),
+    ),
+    "gemma3n": Recipe(
+        "<image_soft_token>",
+        {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "boa_token": "<start_of_audio>", "eoa_token": "<end_of_audio>",
+         "image_token": "<image_soft_token>", "audio_token": "<audio_soft_token>"},
+        images={"size": {"height": 64, "width": 64}}, more={"image_seq_length": 4, "audio_seq_length": 4}, parts=hearing("gemma3n"), config=soft_tokens,
+        ids={"image_token_id": "<image_soft_token>", "audio_token_id": "<audio_soft_token>", "boi_token_id": "<start_of_image>", "eoi_token_id": "<end_of_image>"},
+    ),
+    "gemma4": Recipe(
+        "<|image|>", _GEMMA, ("<|video|>",), _POOLED, parts=hearing("gemma4"), ids=_GEMMA_IDS,
+        config=lambda tokenizer: {"text_config": {"vocab_size_per_layer_input": 1024}, "vision_config": {"position_embedding_size": 64}},
+    ),
+    "gemma4_unified": Recipe(
+        "<|image|>", _GEMMA, ("<|video|>",), _POOLED, parts=hearing("gemma4_unified"), ids=_GEMMA_IDS,
+        config=lambda tokenizer: {"vision_config": {"pooling_kernel_size": 2, "mm_posemb_size": 64}},
+    ),
+    "granite_docling": Recipe(
+        "<image>", {"image_token": "<image>"},
+        ("<fake_token_around_image>", "<global-img>", *(f"<row_{row}_col_{col}>" for row in range(1, 5) for col in range(1, 5))),
+        {**SQUARE, "max_patches": 4}, {"image_seq_len": 4}, ids={"image_token_id": "<image>"}, config=lambda tokenizer: {"vision_config": {"scale_factor": 2}},
+    ),
+}  # fmt: skip
 
 FAILED: Mapping[str, str] = {}
 """Families of this kind whose processor serves no prompt with several pictures, with the reason from its source."""

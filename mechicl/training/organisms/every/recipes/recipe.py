@@ -25,6 +25,7 @@ class Recipe:
         images: Arguments of the image processor.
         more: Arguments of the processor.
         ids: Entries of the configuration that are a token's id.
+        config: Further entries of the configuration, by sub-configuration ("" is the whole), from the tokenizer: what its tokens or the processor's sizes decide.
         words: Arguments of the tokenizer, e.g. its first token.
         parts: Makes what else the processor is made of from its tokenizer: a feature extractor, a second tokenizer, a video processor.
         template: The chat template; None is ChatML, "" is none, where the processor takes none.
@@ -36,6 +37,7 @@ class Recipe:
     images: Mapping[str, Any] = field(default_factory=dict)
     more: Mapping[str, Any] = field(default_factory=dict)
     ids: Mapping[str, str] = field(default_factory=dict)
+    config: Callable[[Any], Mapping[str, Mapping[str, Any]]] | None = None
     words: Mapping[str, Any] = field(default_factory=dict)
     parts: Callable[[Any], Mapping[str, Any]] | None = None
     template: str | None = None
