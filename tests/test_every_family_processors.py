@@ -8,15 +8,20 @@ import pytest
 import torch
 from test_prompts_patches import SIZES, check_boxes, noise
 
-from mechicl.errors import OptionError
+from mechicl.errors import OptionError, RenderError
 from mechicl.models.families import FAMILIES, Family
+from mechicl.models.probe import picture_probe
 from mechicl.models.vlm import HookedVLM
 from mechicl.prompts.episode import Episode, Shot
 from mechicl.prompts.patches import GEOMETRY, Picture, image_boxes
 from mechicl.prompts.render import Renderer
 from mechicl.training.organisms import FAMILIES as ORGANISMS
-from mechicl.training.organisms.every import EVERY
+from mechicl.training.organisms.every import EVERY, configuration, enlivened
 from mechicl.training.organisms.every.processors import RECIPES, build_processor, build_whole, why_no_processor
+from mechicl.training.organisms.every.shrink import SIDE
+from mechicl.training.organisms.parts import padded
+from mechicl.training.organisms.templates import chatml
+from mechicl.training.tokenizer import build_tokenizer, token_id
 
 recipes = pytest.mark.parametrize("family", RECIPES)
 
@@ -36,9 +41,8 @@ def without_mixing(family: str) -> tuple[Any, Any]:
     """A family whose vision attention adds nothing and whose convolutions do not overlap, so that every image token sees its own patch only."""
     model, processor = build_whole(family)
     for name, module in model.named_modules():
-        if not any(word in name for word in ("vision", "visual")):
-            continue
-        if name.endswith((".out_proj", ".o_proj", ".projection_layer", "attn.proj")):
+        seen = any(word in name for word in ("vision", "visual", "image_tower"))
+        if seen and name.endswith((".out_proj", ".o_proj", ".projection_layer", "attn.proj")):
             for parameter in module.parameters():
                 parameter.zero_()
         if isinstance(module, torch.nn.Conv2d):
@@ -106,6 +110,40 @@ def test_boxes_hold_where_a_familys_picture_takes_another_way(family: str, optio
     for name, value in options.items():
         setattr(processor.image_processor, name, value)
     assert check_boxes(model, processor, [noise(size, 1)], 0)
+
+
+@pytest.mark.parametrize(("family", "frames"), [("instructblip", 1), ("instructblipvideo", 4)])
+def test_a_family_whose_processor_puts_its_one_picture_first_is_hooked_but_refuses_episodes(family: str, frames: int) -> None:
+    import transformers
+
+    kind, pictures, token = {
+        1: (transformers.InstructBlipProcessor, transformers.BlipImageProcessor, "image"),
+        4: (transformers.InstructBlipVideoProcessor, transformers.InstructBlipVideoVideoProcessor, "video"),
+    }[frames]
+    words, asked = (build_tokenizer(eos="<|im_end|>", pad="<|endoftext|>") for _ in range(2))
+    processor = kind(pictures(size={"height": SIDE, "width": SIDE}), words, asked, num_query_tokens=4)
+    n = padded(len(words))
+    config = configuration(family, vocabulary=n, ids={f"{token}_token_index": token_id(words, f"<{token}>")})
+    config.qformer_config.vocab_size = n
+    model = HookedVLM(enlivened(config, 0), processor)  # its load-time check goes through the processor
+    assert model(picture_probe(processor)).isfinite().all()
+    with pytest.raises(RenderError, match="before the whole prompt"):
+        model.render(episodes())
+
+
+def test_what_a_processor_throws_away_is_heard_once_and_nothing_is_left_on_it() -> None:
+    model, processor = build_whole("nemotron_h_omni")
+    batch = Renderer(processor, model.config).render(episodes())
+    assert {span.image for span in batch.spans[0] if span.role == "image"} == {0, 1, 2}
+    assert "get_text_with_replacements" not in vars(processor)
+
+
+def test_a_template_that_writes_a_pictures_tokens_itself_must_write_as_many_for_each() -> None:
+    model, processor = build_whole("pp_chart2table")
+    none = chatml("<img></img>")
+    for template in (none, 4 * "<imgpad>" + none):  # none, four for three pictures
+        with pytest.raises(RenderError, match="as many for each"):
+            Renderer(processor, model.config, chat_template=template).render(episodes()[:1])
 
 
 def test_a_family_nobody_described_gets_no_boxes_even_where_its_tokens_are_a_square() -> None:

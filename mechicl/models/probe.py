@@ -10,6 +10,7 @@ from PIL import Image
 
 from mechicl.errors import OptionError
 from mechicl.models.families import image_token_id
+from mechicl.prompts.calling import BEFORE_EVERYTHING, named
 
 N_TOKENS = 13
 """Length of the text probe; a prime, so that it is not mistaken for a number of heads."""
@@ -48,7 +49,10 @@ def picture_probe(
     if processor is None:
         raise OptionError("processor must be given for a probe with a picture; got None. Wrap the model as HookedVLM(model, processor).")
     pictures = [picture(size, seed) for seed in range(len(texts))]
-    if getattr(processor, "chat_template", None):
+    frames = BEFORE_EVERYTHING.get(type(processor).__name__)
+    if frames is not None:  # it writes the picture's tokens itself
+        prompts = list(texts)
+    elif getattr(processor, "chat_template", None):
         chats = [
             [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
             for image, text in zip(pictures, texts, strict=True)
@@ -58,9 +62,8 @@ def picture_probe(
         prompts = [f"{getattr(processor, 'image_token', '<image>')}{text}" for text in texts]
     padding = {"padding": True, "padding_side": padding_side} if len(texts) > 1 else {}
     extra = {} if getattr(processor, "chat_template", None) is None else {"add_special_tokens": False}
-    return dict(
-        processor(text=prompts, images=[[p] for p in pictures], return_tensors="pt", return_mm_token_type_ids=True, **padding, **extra)
-    )
+    shown = [[p] * (frames or 1) for p in pictures]
+    return named(processor(text=prompts, images=shown, return_tensors="pt", return_mm_token_type_ids=True, **padding, **extra))
 
 
 def probe_inputs(hf: Any, processor: Any = None, *, pictures: bool = False) -> dict[str, Any]:

@@ -12,20 +12,11 @@ from torch import Tensor
 
 from mechicl.errors import ContextLengthError, ImageError, RenderError
 from mechicl.prompts.batch import Batch, Box
+from mechicl.prompts.calling import call, check_company, check_order
 from mechicl.prompts.episode import Episode
 from mechicl.prompts.patches import Picture, image_boxes
 from mechicl.prompts.spans import QUERY, Span, runs
 from mechicl.prompts.template import Laid, Piece, Template, check_texts
-
-NEEDED: Mapping[str, str] = {
-    "qwen2_vl": "mm_token_type_ids",
-    "qwen2_5_vl": "mm_token_type_ids",
-    "qwen3_vl": "mm_token_type_ids",
-    "gemma3": "token_type_ids",
-    "paligemma": "token_type_ids",
-    "mllama": "cross_attention_mask",
-}
-"""Inputs without which a family gives wrong logits and no error."""
 
 CONTINUATION: Mapping[str, Mapping[str, int]] = {"paligemma": {"token_type_ids": 1}}
 """What appended answer tokens get, where it is not 0: PaliGemma reads type 0 in both directions, so an answer of type 0 would be seen by the prompt."""
@@ -59,10 +50,11 @@ class Renderer:
         chat_template: A template to use in place of the processor's own.
 
     Raises:
-        RenderError: the tokenizer gives no offsets, or the configuration names no image token.
+        RenderError: the tokenizer gives no offsets, the configuration names no image token, or the processor puts pictures before everything.
     """
 
     def __init__(self, processor: Any, config: Any, *, context: int | None = None, chat_template: str | None = None) -> None:
+        check_order(processor)
         self.processor = processor
         self.config = config
         self.tokenizer: Any = getattr(processor, "tokenizer", None)
@@ -79,7 +71,7 @@ class Renderer:
         self.model_type: str = getattr(config, "model_type", "")
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.context: int | None = context if context is not None else getattr(text, "max_position_embeddings", None)
-        self.template = Template(processor, chat_template)
+        self.template = Template(processor, chat_template, self.tokenizer.convert_ids_to_tokens(self.image_token_id))
         self.continuation: Mapping[str, int] = CONTINUATION.get(self.model_type, {})
         added = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         self.special = sorted({*map(str, self.tokenizer.all_special_tokens), *added, self.template.image_token}, key=len, reverse=True)
@@ -99,7 +91,10 @@ class Renderer:
             check_texts(episode, self.special, name)
         pictures = [[readable(image, name) for image in episode.images] for episode, name in zip(episodes, names, strict=True)]
         laid = [self.template.lay(episode, name) for episode, name in zip(episodes, names, strict=True)]
-        inputs, offsets = self._process(pictures, [one.written for one in laid])
+        check_company(self.model_type, pictures)
+        texts = [one.written for one in laid]
+        plain = {"add_special_tokens": False} if self._adds_nothing(texts[0]) else {}
+        inputs, offsets = call(self.processor, self.model_type, pictures, texts, **plain)
         rendered = [self._assign(*row) for row in zip(laid, offsets, episodes, names, strict=True)]
         candidate_ids = self._candidates(rendered, episodes, names)
         self._check_lengths(rendered, candidate_ids, names)
@@ -117,44 +112,6 @@ class Renderer:
             ids=tuple(episode.id for episode in episodes),
             renderer=self,
         )
-
-    def _process(
-        self, pictures: Sequence[Sequence[Image.Image]], texts: Sequence[str]
-    ) -> tuple[dict[str, Any], list[list[dict[str, Any]]]]:
-        """The processor's output, whole, and where it put the pictures' tokens into each text."""
-        some = any(pictures)
-        self._check_company(pictures)
-        options: dict[str, Any] = {"padding": True, "padding_side": "left", "return_tensors": "pt", "return_text_replacement_offsets": True}
-        if "mm_token_type_ids" in getattr(self.processor, "model_input_names", ()):  # some give it only when asked
-            options["return_mm_token_type_ids"] = True
-        if self._adds_nothing(texts[0]):
-            options["add_special_tokens"] = False
-        try:
-            out = dict(self.processor(text=list(texts), images=[list(few) for few in pictures] if some else None, **options))
-        except Exception as error:
-            raise RenderError(
-                f"the processor must take the episodes; {type(self.processor).__name__} raised {error}. "
-                "Check the pictures' sizes, and that every prompt has pictures if the family needs them."
-            ) from error
-        offsets = out.pop("text_replacement_offsets", None)
-        out.pop("labels", None)  # a training target, not an input
-        needed = NEEDED.get(self.model_type)
-        if some and needed is not None and needed not in out:
-            raise RenderError(f"the processor must return {needed} for {self.model_type}; got {sorted(out)}. Update transformers.")
-        listed = offsets if isinstance(offsets, list) and offsets else [[] for _ in texts]
-        return out, listed
-
-    def _check_company(self, pictures: Sequence[Sequence[Image.Image]]) -> None:
-        """Two families where a prompt's tokens or logits would depend on its neighbours in the batch."""
-        if self.model_type == "paligemma" and not all(pictures):
-            raise RenderError(
-                "episodes of paligemma must have pictures; got one without. Its processor cannot read words alone: render with pictures."
-            )
-        if self.model_type == "mllama" and len({len(few) for few in pictures}) > 1:
-            raise RenderError(
-                "episodes of mllama must have as many pictures each; got several numbers. Render them apart: tokens before the first picture "
-                "attend to the padding pictures, so neighbours would change the logits."
-            )
 
     def _adds_nothing(self, text: str) -> bool:
         """Whether the text already begins with the first token, as `apply_chat_template` decides it."""
@@ -198,8 +155,8 @@ class Renderer:
         name: str,
     ) -> None:
         shots = [(k if k < len(episode.shots) else QUERY, s) for k, s in enumerate((*episode.shots, episode.query)) for _ in s.images]
-        if not regions and shots:  # a family that expands nothing: one token marks each picture
-            regions = [(int(a), int(b)) for a, b in chars[ids == self.image_token_id]]
+        if not regions and shots:  # a family that expands nothing: its template writes each picture's tokens, as many for each
+            regions = shares(chars[ids == self.image_token_id], len(shots))
         if len(regions) != len(shots):
             raise RenderError(
                 f"{name}: the processor must place every picture; it placed {len(regions)} of {len(shots)}. Report the family."
@@ -298,6 +255,15 @@ def expand(laid: Laid, replaced: Sequence[Mapping[str, Any]]) -> tuple[str, list
         return at + int(gained[np.searchsorted(ends, at, side="right")])
 
     return "".join(text), [Piece(p.owner, moved(p.start), moved(p.stop)) for p in laid.pieces], regions
+
+
+def shares(chars: np.ndarray, n: int) -> list[tuple[int, int]]:
+    """Characters of n pictures whose tokens [token, 2] were written out one picture after the other; none where they cannot be shared out evenly, without gaps."""
+    each, left = divmod(len(chars), n)
+    few = [chars[k * each : (k + 1) * each] for k in range(n)]
+    if not each or left or any((one[1:, 0] != one[:-1, 1]).any() for one in few):
+        return []
+    return [(int(one[0, 0]), int(one[-1, 1])) for one in few]
 
 
 def claim(owners: np.ndarray, inside: np.ndarray, number: int, owner: Span, name: str, what: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 from mechicl.errors import RenderError
+from mechicl.prompts.calling import first_words
 from mechicl.prompts.episode import Episode, Shot
 from mechicl.prompts.spans import NO_SHOT, QUERY, Span
 
@@ -101,15 +102,19 @@ class Template:
     """Writes episodes as text, through a processor's chat template or, where it has none, as plain lines.
 
     The plain lines are: the instruction; for every shot its pictures, its text, its question, its label, each on a line of its own (the question
-    directly behind the pictures); the query likewise, without a label.
+    directly behind the pictures); the query likewise, without a label. `image_token` is the model's, for a processor that names none.
+
+    `image_token`: the model's, for a processor that has none.
     """
 
-    def __init__(self, processor: Any, chat_template: str | None = None) -> None:
+    def __init__(self, processor: Any, chat_template: str | None = None, image_token: str = "<image>") -> None:
         self.processor = processor
         self.chat_template = chat_template or getattr(processor, "chat_template", None)
         if isinstance(self.chat_template, dict):
             self.chat_template = self.chat_template.get("default")
-        self.image_token: str = getattr(processor, "image_token", None) or getattr(processor.tokenizer, "image_token", "<image>")
+        own = getattr(processor, "image_token", None) or getattr(processor.tokenizer, "image_token", None)
+        self.image_token: str = own or image_token
+        self.writes_out = own is None  # the processor knows of no token, so the template writes all of a picture's (PP-Chart2Table)
 
     def lay(self, episode: Episode, name: str) -> Laid:
         """The prompt's text, ready for the tokenizer but for the pictures, and its pieces.
@@ -128,10 +133,12 @@ class Template:
                 f"{laid.text[at - 20 if at > 20 else 0 : at + 20]!r} in place of {plain[at - 20 if at > 20 else 0 : at + 20]!r}. "
                 "Take spaces and line breaks off the ends of labels and questions, or give Renderer another chat_template."
             )
-        if laid.text.count(self.image_token) != len(episode.images):
+        n_marks, n_pictures = laid.text.count(self.image_token), len(episode.images)
+        even = n_pictures and n_marks >= n_pictures and n_marks % n_pictures == 0
+        if n_marks != n_pictures and not (self.writes_out and even):
             raise RenderError(
-                f"{name}: the chat template must write one {self.image_token} per picture; it wrote {laid.text.count(self.image_token)} for "
-                f"{len(episode.images)} pictures. Give Renderer another chat_template."
+                f"{name}: the chat template must write one {self.image_token} per picture{' (or as many for each)' if self.writes_out else ''}; it wrote "
+                f"{n_marks} for {n_pictures} pictures. Give Renderer another chat_template."
             )
         return replace(laid, written=written)
 
@@ -145,15 +152,20 @@ class Template:
     def write(self, episode: Episode, mark: Marker | Any, name: str) -> str:
         """The prompt's text, pieces passed through `mark`."""
         if not self.chat_template:
-            return self._lines(episode, mark)
+            return self._begun(self._lines(episode, mark))
         try:
-            return self._render(self._messages(episode, mark))
+            return self._begun(self._render(self._messages(episode, mark)))
         except RenderError:
             raise
         except Exception as error:  # a template may raise anything
             raise RenderError(
                 f"{name}: the chat template must accept the episode; it raised {error}. Give Renderer another chat_template."
             ) from error
+
+    def _begun(self, text: str) -> str:
+        """The text with what the processor would write before it."""
+        first = first_words(self.processor)
+        return text if text.startswith(first) else first + text
 
     @cached_property
     def lead(self) -> str:

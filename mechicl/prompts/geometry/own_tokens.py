@@ -6,7 +6,14 @@ import math
 
 from mechicl.prompts.batch import Box
 from mechicl.prompts.geometry.picture import Boxes, Layout, Picture, cells, length
-from mechicl.prompts.geometry.stretched import grid
+from mechicl.prompts.geometry.stretched import grid, llava, square
+
+
+def rows_of_patches(picture: Picture) -> Boxes:
+    """Nemotron-H Omni: stretched to a grid of patches; a token merges a square of them."""
+    rows, cols = (int(v) for v in picture.inputs["image_grid_hw"][picture.index])
+    merge = round(1 / float(picture.images.downsample_ratio))
+    return cells(picture, picture.whole, rows // merge, cols // merge)
 
 
 def shrunk_and_padded(picture: Picture) -> Boxes:
@@ -96,6 +103,37 @@ def centred(picture: Picture, side: int) -> Box:
     return (edges[0][0], edges[1][0], edges[0][1], edges[1][1])
 
 
+def pooled_crops(picture: Picture) -> Boxes:
+    """Molmo 2: the whole stretched to a square, then stretched to a canvas of overlapping crops, whose overlaps are read once; both pooled, the last rows and
+    columns padded."""
+    images, patch = picture.images, int(picture.images.patch_size)
+    pool_rows, pool_cols = (int(v) for v in images.pooling_size)
+    few_rows, few_cols, rows, cols = (int(v) for v in picture.inputs["image_grids"][picture.index])
+    side = length(images.size, "height") // patch
+    margin = sum(int(v) for v in images.overlap_margins)
+    high, wide = (canvas(picture, n, side - margin, margin, pool) for n, pool in ((rows, pool_rows), (cols, pool_cols)))
+    if not high or not wide:
+        return []
+    boxes: Boxes = []
+    for n_rows, n_cols, tall, broad in ((few_rows, few_cols, side, side), (rows, cols, high, wide)):
+        left, right = pooled(picture.width, broad, n_cols * pool_cols)
+        top, bottom = pooled(picture.height, tall, n_rows * pool_rows)
+        boxes += cells(picture, (left, top, right, bottom), n_rows, n_cols)
+    return boxes
+
+
+def canvas(picture: Picture, n: int, window: int, margin: int, pool: int) -> int:
+    """Patches along an axis of the canvas whose pooled cells are n; 0 where no single number of crops makes them."""
+    fits = [t * window + margin for t in range(1, int(picture.images.max_crops) + 1) if -(-(t * window + margin) // pool) == n]
+    return fits[0] if len(fits) == 1 else 0
+
+
+def pooled(side_in_pixels: int, n: int, padded: int) -> tuple[float, float]:
+    """Start and stop in pixels of n patches over `side_in_pixels` pixels, padded to `padded` patches, the odd one behind."""
+    before = (padded - n) // 2
+    return -before * side_in_pixels / n, (padded - before) * side_in_pixels / n
+
+
 OWN_TOKENS: dict[str, Layout] = {
     "kimi_k25": shrunk_and_padded,
     "muse_glimmer": grid,
@@ -103,4 +141,8 @@ OWN_TOKENS: dict[str, Layout] = {
     "inkling_mm_model": uncut,
     "step3p7": windows,
     "unlimited_ocr": pages,
+    "video_llava": llava,
+    "nemotron_h_omni": rows_of_patches,
+    "molmo2": pooled_crops,
+    "pp_chart2table": square,
 }

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mechicl.training.organisms.every.recipes.recipe import Recipe
-from mechicl.training.organisms.every.shrink import PATCH
+from mechicl.training.organisms.every.shrink import PATCH, SIDE
 
 
 def _listener(name: str) -> Any:
@@ -22,6 +22,8 @@ def _listener(name: str) -> Any:
 
 NEAR = 2
 """Bilinear resampling in place of Lanczos', whose pixels spread over so much of a tiny picture that no box could be told from its neighbour's."""
+FINE = 12
+"""Side of a patch in pixels where pictures are shrunk without smoothing: with a smaller one, most pixels would never be read."""
 _MUSE_WORDS = ("<|patch|>", "<|image_start|>", "<|image_end|>", "<|video|>", "<|vid_frame_separator|>", "<|vid_start|>", "<|vid_end|>")
 _MUSE_PIXELS = {"patch_size": PATCH, "merge_size": 2, "max_image_tokens": 16, "resample": NEAR}
 _MUSE_IDS = {"image_token_id": "<|patch|>", "video_token_id": "<|video|>"}
@@ -49,7 +51,29 @@ RECIPES: Mapping[str, Recipe] = {
         "<image>", {"image_token": "<image>"}, images={"size": {"height": 32, "width": 32}, "tile_size": 32, "max_patches": 4}, more={"patch_size": PATCH, "downsample_ratio": 4},
         ids={"image_token_id": "<image>"},
     ),
+    "video_llava": Recipe(
+        "<image>", {"image_token": "<image>", "video_token": "<video>"}, images={"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}},
+        more={"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
+        ids={"image_token_index": "<image>", "video_token_index": "<video>"},
+    ),
+    "nemotron_h_omni": Recipe(
+        "<image>", {"image_token": "<image>", "video_token": "<video>", "image_start_token": "<img>", "image_end_token": "</img>"}, ("<so_embedding>", "<so_start>", "<so_end>"),
+        images={"patch_size": PATCH, "min_num_patches": 16, "max_num_patches": 64}, parts=_listener("ParakeetFeatureExtractor"),
+        ids={"image_token_id": "<image>", "video_token_id": "<video>", "audio_token_id": "<so_embedding>"},
+    ),
+    "molmo2": Recipe(
+        "<|image|>", extra=("<|image|>", "<|video|>", "<im_patch>", "<im_col>", "<im_start>", "<low_res_im_start>", "<frame_start>", "<im_end>", "<frame_end>", "<im_low>"),
+        images={"size": {"height": 4 * FINE, "width": 4 * FINE}, "overlap_margins": [1, 0], "max_crops": 4, "patch_size": FINE},
+        ids={"image_patch_id": "<im_patch>", "image_start_token_id": "<im_start>", "low_res_image_start_token_id": "<low_res_im_start>", "image_end_token_id": "<im_end>",
+             "frame_start_token_id": "<frame_start>", "frame_end_token_id": "<frame_end>"},
+        config=lambda tokenizer: {"vision_config": {"patch_size": FINE}},
+    ),
+    "pp_chart2table": Recipe(
+        "<img>" + 4 * "<imgpad>" + "</img>", extra=("<img>", "<imgpad>", "</img>"), images={"size": {"height": 2 * SIDE, "width": 2 * SIDE}}, ids={"image_token_index": "<imgpad>"},
+        config=lambda tokenizer: {"vision_config": {"image_size": 2 * SIDE}},
+    ),
 }  # fmt: skip
 
-FAILED: Mapping[str, str] = {}
+_FIRST = "not used: its processor writes the tokens of one picture before the whole prompt, wherever the text has it"
+FAILED: Mapping[str, str] = {"instructblip": _FIRST, "instructblipvideo": f"{_FIRST}, and takes four frames for it"}
 """Families of this kind whose processor serves no prompt with several pictures, with the reason from its source."""

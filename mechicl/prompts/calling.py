@@ -1,0 +1,127 @@
+"""A family's processor, called: what it is given, what it returns, and where it put the pictures' tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from PIL import Image
+
+from mechicl.errors import RenderError
+
+NEEDED: Mapping[str, str] = {
+    "qwen2_vl": "mm_token_type_ids",
+    "qwen2_5_vl": "mm_token_type_ids",
+    "qwen3_vl": "mm_token_type_ids",
+    "gemma3": "token_type_ids",
+    "paligemma": "token_type_ids",
+    "mllama": "cross_attention_mask",
+}
+"""Inputs without which a family gives wrong logits and no error."""
+
+RENAMED: Mapping[str, str] = {"pixel_values_images": "pixel_values"}
+"""What a processor still calls by a name that its model gives up (Video-LLaVA)."""
+
+BEFORE_EVERYTHING: Mapping[str, int] = {"InstructBlipProcessor": 1, "InstructBlipVideoProcessor": 4}
+"""Processors that put one picture's tokens before each prompt, whatever the text says of pictures, and how many frames they take for one."""
+
+Offsets = list[list[dict[str, Any]]]
+
+
+def call(
+    processor: Any, model_type: str, pictures: Sequence[Sequence[Image.Image]], texts: Sequence[str], **options: Any
+) -> tuple[dict[str, Any], Offsets]:
+    """The processor's output, whole, and where it put the pictures' tokens into each text.
+
+    Raises:
+        RenderError: the processor refuses the prompts, or leaves out an input without which its family is silently wrong.
+    """
+    some = any(pictures)
+    given: dict[str, Any] = {
+        "padding": True,
+        "padding_side": "left",
+        "return_tensors": "pt",
+        "return_text_replacement_offsets": True,
+        **options,
+    }
+    if "mm_token_type_ids" in getattr(processor, "model_input_names", ()):  # some give it only when asked
+        given["return_mm_token_type_ids"] = True
+    try:
+        with replacements(processor) as heard:
+            out = named(processor(text=list(texts), images=[list(few) for few in pictures] if some else None, **given))
+    except Exception as error:
+        raise RenderError(
+            f"the processor must take the episodes; {type(processor).__name__} raised {error}. "
+            "Check the pictures' sizes, and that every prompt has pictures if the family needs them."
+        ) from error
+    told = out.pop("text_replacement_offsets", None)
+    out.pop("labels", None)  # a training target, not an input
+    needed = NEEDED.get(model_type)
+    if some and needed is not None and needed not in out:
+        raise RenderError(f"the processor must return {needed} for {model_type}; got {sorted(out)}. Update transformers.")
+    return out, told if isinstance(told, list) and told else heard or [[] for _ in texts]
+
+
+def named(out: Mapping[str, Any]) -> dict[str, Any]:
+    """A processor's output by the names that models take."""
+    return {RENAMED.get(name, name): value for name, value in out.items()}
+
+
+@contextmanager
+def replacements(processor: Any) -> Iterator[Offsets]:
+    """Filled, when the processor has run, with what its own replacement of placeholders said about places: some throw that away (Nemotron-H Omni)."""
+    heard: Offsets = []
+    replace = getattr(processor, "get_text_with_replacements", None)
+    if replace is None:
+        yield heard
+        return
+
+    def listening(*args: Any, **kwargs: Any) -> Any:
+        text, places = replace(*args, **kwargs)
+        heard[:] = places
+        return text, places
+
+    processor.get_text_with_replacements = listening  # on the object, in the way of its class's, for this call
+    try:
+        yield heard
+    finally:
+        del processor.get_text_with_replacements
+
+
+def check_order(processor: Any) -> None:
+    """Refuse processors whose pictures cannot stand among the words.
+
+    Raises:
+        RenderError: every prompt begins with the tokens of its one picture.
+    """
+    kind = type(processor).__name__
+    if kind in BEFORE_EVERYTHING:
+        raise RenderError(
+            f"processor must write pictures where the prompt has them; {kind} writes one picture's tokens before the whole prompt, so exemplars cannot have "
+            "pictures. Choose another family, or pass the processor's own output to the model."
+        )
+
+
+def check_company(model_type: str, pictures: Sequence[Sequence[Image.Image]]) -> None:
+    """Two families where a prompt's tokens or logits would depend on its neighbours in the batch.
+
+    Raises:
+        RenderError: such prompts stand together.
+    """
+    if model_type == "paligemma" and not all(pictures):
+        raise RenderError(
+            "episodes of paligemma must have pictures; got one without. Its processor cannot read words alone: render with pictures."
+        )
+    if model_type == "mllama" and len({len(few) for few in pictures}) > 1:
+        raise RenderError(
+            "episodes of mllama must have as many pictures each; got several numbers. Render them apart: tokens before the first picture "
+            "attend to the padding pictures, so neighbours would change the logits."
+        )
+
+
+def first_words(processor: Any) -> str:
+    """What a processor writes before a prompt that does not begin with it, where its template does not (Molmo 2); "" for others."""
+    if type(processor).__name__ != "Molmo2Processor":
+        return ""
+    return processor.tokenizer.bos_token or processor.tokenizer.eos_token or ""
