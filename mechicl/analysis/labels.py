@@ -14,6 +14,7 @@ from mechicl.analysis.ablation.switches import Switches
 from mechicl.analysis.feed import Data, Spreads, batches, labels_of, progress_bar, take
 from mechicl.analysis.guarded import each_batch
 from mechicl.errors import NotFiniteError, OptionError
+from mechicl.models.pictures import pictures_once
 from mechicl.prompts.batch import Batch
 
 LabelScore = Literal["full", "mean_token", "first_token"]
@@ -242,7 +243,8 @@ def answer(
 ) -> tuple[list[Answers], Key, list[str]]:
     """Score the candidates of all data, once for each set of heads that `switches` turns off (once as the model is, without).
 
-    Episodes are rendered once; as many sets as fit into `batch_size` prompts share a forward pass.
+    Episodes are rendered once, and the vision tower sees a batch's pictures once (`models.pictures`); as many sets as fit into `batch_size` prompts share a
+    forward pass.
 
     Returns:
         One `Answers` per set; the key; for each episode why it cannot be scored ("" where it can).
@@ -261,14 +263,14 @@ def answer(
         wide = widen(batch, blocks)
         most = batch_size if batch.n >= least else batch_size * batch.n // least  # memory ran out: sets that share a pass are fewer too
         together = max(1, most // (batch.n if share else wide.n))
-        switches.see(model, wide, blocks)
+        mine = names[rows.start : rows.stop]
         found: list[Answers] = []
-        for start in range(0, len(switches.sets), together):
-            group = range(start, min(start + together, len(switches.sets)))
-            hooks = switches.hooks(group)
-            found += label_logprobs(
-                model, batch, score=score, copies=len(group), hooks=hooks, names=names[rows.start : rows.stop], wide=wide, share=share
-            )
+        with pictures_once(model):
+            switches.see(model, wide, blocks)
+            for start in range(0, len(switches.sets), together):
+                group = range(start, min(start + together, len(switches.sets)))
+                hooks = switches.hooks(group)
+                found += label_logprobs(model, batch, score=score, copies=len(group), hooks=hooks, names=mine, wide=wide, share=share)
         return found, Key.of(batch), [""] * batch.n if score == "first_token" else indistinct(batch)
 
     def done(count: int) -> None:
