@@ -23,6 +23,7 @@ from mechicl.training.organisms.every.processors import build_whole
 
 UNLIKE = (
     "lfm3_vl", "qwen3_5", "qwen4_exp", "glm5_next", "minimax_m3_vl", "mistral_large4", "hunyuan_vl", "ernie4_5_vl_moe", "cohere_compass", "exaone4_5",
+    "step3p7",
 )  # fmt: skip
 QUIET: dict[str, Any] = {"progress": False}
 families = pytest.mark.parametrize("family", UNLIKE)
@@ -123,6 +124,46 @@ def test_heads_of_layers_without_attention_are_refused_before_any_work(family: s
     monkeypatch.setattr(model.hf, "forward", None)  # a forward pass would fail
     with pytest.raises(HeadIndexError, match="no softmax attention"):
         mechicl.ablate(model, episodes(), [(without, 0)], **QUIET)
+
+
+def test_a_head_beyond_another_layers_last_is_knocked_out_as_zeroing_its_share_of_the_output_projections_input() -> None:
+    model, (layer, head) = hooked("step3p7"), (1, 7)
+    counts = {layer: part.n_heads for layer, part in enumerate(model.anatomy.layers)}
+    assert counts == {0: 4, 1: 8, 2: 4, 3: 8}
+    part = model.anatomy.layers[layer]
+    found = mechicl.ablate(model, episodes(), [(layer, head)], singles=False, n_random=20, zero_shot=False, **QUIET)
+    share = slice(head * part.d_value, (head + 1) * part.d_value)
+
+    def without(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        left = args[0].clone()
+        left[..., share] = 0
+        return (left, *args[1:])
+
+    assert part.o_proj is not None
+    handle = part.o_proj.register_forward_pre_hook(without)
+    try:
+        plain = mechicl.icl_accuracy(model, episodes(), zero_shot=False, **QUIET)
+    finally:
+        handle.remove()
+    assert np.allclose(found.chosen.margins, plain.margins, atol=2e-3)
+    assert not np.allclose(found.intact.margins, plain.margins, atol=1e-4)
+    drawn = {one for cell in found.random for one in cell.heads}
+    assert drawn == {(1, h) for h in range(7)}  # the layer's own other heads, all of them
+
+
+def test_cells_and_refusals_follow_each_layers_own_number_of_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = hooked("step3p7")
+    pairs = minimal_pairs(model.renderer, episodes(), "swap_labels")
+    options: dict[str, Any] = {"sites": ["z"], "by": "head", "n_permutations": 19, "layers": [0, 1], **QUIET}
+    fast, whole = (mechicl.patch(model, pairs, engine=engine, **options).to_frame() for engine in ("resume", "naive"))
+    assert np.allclose(fast["raw_mean"], whole["raw_mean"], atol=2e-3, equal_nan=True)
+    there = {(int(row.layer), int(row.head)) for row in fast.itertuples() if np.isfinite(row.raw_mean)}
+    assert there == {(0, h) for h in range(4)} | {(1, h) for h in range(8)}
+    monkeypatch.setattr(model.hf, "forward", None)  # a forward pass would fail
+    with pytest.raises(HeadIndexError, match="layer 0 has 4 heads"):
+        mechicl.ablate(model, episodes(), [(0, 4)], **QUIET)
+    with pytest.raises(HeadIndexError, match="layer 0 has 4 heads"):
+        mechicl.patch(model, pairs, sites=["z"], by="head", heads=[(0, 4)], **QUIET)
 
 
 def test_prompts_of_several_lengths_are_refused_where_padding_would_move_the_logits() -> None:
