@@ -439,6 +439,15 @@ def test_figures_and_head_maps_answer_to_the_keyboard(html: str, study: Study, t
     assert seen.group(1).split(", ") == ["stops 3", *slider, "off true true", "on true", "last true 1", "cloud false", "map true"]
 
 
+def test_paper_is_light_for_who_reads_in_the_dark() -> None:
+    (style,) = re.findall(r"<style>(.*?)</style>", render_report(ReportContent(samples.study())), re.DOTALL)
+    dark = set(re.findall(r"(:root[^{,\s]*) \{ --ink: #e4e8ee", style))
+    assert len(dark) == 2  # chosen on the page; asked for by the system
+    on_paper = style[style.index("@media print") :]
+    for selector in dark:  # a weaker selector would lose, whatever comes last
+        assert re.search(re.escape(selector) + r"[^}]*\{ --ink: #1d2530", on_paper)
+
+
 def test_a_large_drop_that_the_test_cannot_see_is_not_called_irrelevance() -> None:
     weak = HeadSet("induction", "induction", "rule", samples.INDUCTION, "irrelevant", "No evidence.", samples.ablation(after=0.5))
     assert story.badge(weak) == "too few prompts to say"

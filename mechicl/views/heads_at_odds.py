@@ -50,7 +50,7 @@ def _scores(result: HeadsAtOdds) -> Panel:
         if some:
             traces.append(_points(result, some, name, colour, symbol))
     note = "none" if not result.passing.get("function vector") else str(len(result.passing["function vector"]))
-    heading = f"<b>every head's two scores</b>; above their null: {len(result.passing.get('induction', ()))} by induction, {note} by function vector"
+    heading = f"<b>every head's two scores</b><br>above their null: {len(result.passing.get('induction', ()))} by induction, {note} by function vector"
     return Panel(traces, {"title": {"text": "induction score (attention)"}, "zeroline": True}, {"title": {"text": "function-vector score (probability)"}, "zeroline": True},
                  heading, 270, 44, 64, 10.0)  # fmt: skip
 
@@ -87,7 +87,7 @@ def _doses(result: HeadsAtOdds, how: str) -> Panel:
         "ticktext": [f"{k} ({dose:g} %)" for k, dose in ks],
         "zeroline": False,
     }
-    return Panel(traces, x, {"title": {"text": "change of accuracy"}, "zeroline": False}, "<b>all settings together</b>, over doses", 270, 44, 64, 10.0,
+    return Panel(traces, x, {"title": {"text": "change of accuracy"}, "zeroline": False}, "<b>all settings together</b><br>over doses", 270, 44, 64, 10.0,
                  shapes=[level_line(0.0, RANDOM)])  # fmt: skip
 
 
@@ -142,7 +142,7 @@ def _settings(result: HeadsAtOdds, how: str) -> list[Panel]:
         }  # fmt: skip
         points.pop("legendgroup")  # a group would turn the legend upright
         other = next(one for one in COLOURS if one != kind)
-        heading = f"<b>{some[0].k} {kind} heads off</b>, {other} heads left in"
+        heading = f"<b>{some[0].k} {kind} heads off</b><br>{other} heads left in"
         panels.append(
             rows_panel(
                 [random, points],
@@ -151,7 +151,7 @@ def _settings(result: HeadsAtOdds, how: str) -> list[Panel]:
                 title="change of accuracy",
                 tall=26,
                 level=0.0,
-                above=50,
+                above=66,
                 named=not panels,
                 x={"range": _range(rows)},
             )

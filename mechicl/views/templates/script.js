@@ -3,7 +3,8 @@
   const themes = JSON.parse(document.getElementById("themes").textContent);
   const media = window.matchMedia("(prefers-color-scheme: dark)");
   const root = document.documentElement;
-  let printing = false; // paper is white, whatever the screen is
+  const PAPER = { width: 940, height: 1220 }; // the room for a figure on A4, its words below it, in CSS pixels at the page's print zoom
+  let printing = false; // paper is white and as wide as it is, whatever the screen is
   const dark = () => !printing && (root.dataset.theme ? root.dataset.theme === "dark" : media.matches);
   const remember = (value) => { try { localStorage.setItem("mechicl-theme", value); } catch (_) { /* private window: forget */ } };
   try { const kept = localStorage.getItem("mechicl-theme"); if (kept === "dark" || kept === "light") root.dataset.theme = kept; } catch (_) { /* as above */ }
@@ -15,6 +16,7 @@
     const layout = structuredClone(spec.layout);
     layout.template = themes[dark() ? "dark" : "light"];
     layout.autosize = true;
+    if (printing) { layout.width = PAPER.width; layout.height = Math.min(layout.height || PAPER.height, PAPER.height); }
     const scale = layout.meta && themes.scales[layout.meta.scale];
     if (scale) for (const key of Object.keys(layout)) if (/^coloraxis\d*$/.test(key)) layout[key].colorscale = scale[dark() ? 1 : 0];
     return layout;
@@ -23,7 +25,7 @@
     const spec = specs.get(id);
     const config = { responsive: true, displaylogo: false, showTips: false, plotlyServerURL: "", modeBarButtonsToRemove: ["lasso2d", "select2d", "sendChartToCloud", "editInChartStudio"],
       toImageButtonOptions: { format: "svg", filename: "mechicl_" + id } };
-    return Plotly.react(id, structuredClone(spec.data), layoutOf(spec), config).then(reach);
+    return Plotly.newPlot(id, structuredClone(spec.data), layoutOf(spec), config).then(reach); // anew: a legend keeps its old lines when only the width changes
   };
 
   // ---- figures by keyboard, which plotly leaves to the mouse: Tab stops once at the slider, the legend and the tools; arrow keys move inside, Enter or space presses
@@ -53,9 +55,9 @@
   };
   const reach = (gd) => {
     name(gd);
+    gd.on("plotly_afterplot", () => name(gd)); // drawn anew, a figure forgets its listeners; its element keeps the one below
     if (gd.dataset.reached) return;
     gd.dataset.reached = "true";
-    gd.on("plotly_afterplot", () => name(gd));
     gd.addEventListener("keydown", (e) => {
       const { entries, tools } = parts(gd), item = e.target;
       if (item.matches(".slider-container")) {
@@ -77,16 +79,15 @@
   document.getElementById("theme").addEventListener("click", () => { root.dataset.theme = dark() ? "light" : "dark"; remember(root.dataset.theme); redraw(); });
   media.addEventListener("change", redraw);
   window.addEventListener("beforeprint", () => {
-    const was = dark();
     printing = true;
-    if (was) redraw();
+    redraw();
     document.querySelectorAll('[role="tabpanel"]').forEach((p) => { p.dataset.was = p.hidden ? "1" : ""; p.hidden = false; });
     drawVisible();
   });
   window.addEventListener("afterprint", () => {
     printing = false;
     document.querySelectorAll('[role="tabpanel"]').forEach((p) => { p.hidden = p.dataset.was === "1"; });
-    if (dark()) redraw();
+    redraw();
   });
 
   // ---- tabs, with the arrow keys
