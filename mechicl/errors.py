@@ -73,5 +73,9 @@ class OptionError(MechiclError, ValueError):
     """An option outside its documented range."""
 
 
+class PaddingError(OptionError):
+    """Prompts of several lengths in one batch, in a family whose logits padding moves. Analyses go on with fewer prompts at a time."""
+
+
 class CheckpointError(MechiclError, ValueError):
     """A folder that is not a usable checkpoint, or a run that cannot be resumed from it."""

@@ -1,7 +1,7 @@
 """Positions of tokens, where a family's own would depend on the other prompts of a batch.
 
 A prompt's logits must not depend on what stands beside it. Most families see to that. Two do not and are given positions from outside, an input that
-their forward takes; one cannot be helped, and padding is refused.
+their forward takes; one cannot be helped, and padding is refused; analyses then go on with fewer prompts at a time (`mechicl.analysis.guarded`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechicl.errors import OptionError
+from mechicl.errors import PaddingError
 from mechicl.models.families import Family
 
 
@@ -20,13 +20,13 @@ def placed(hf: Any, family: Family, inputs: Mapping[str, Any]) -> Mapping[str, A
     """The inputs with `position_ids` where the family's own would depend on the batch; as they are for the others.
 
     Raises:
-        OptionError: prompts of several lengths, in a family whose logits left padding moves.
+        PaddingError: prompts of several lengths, in a family whose logits left padding moves.
     """
     mask = inputs.get("attention_mask")
     if not isinstance(mask, Tensor) or "position_ids" in inputs:
         return inputs
     if family.padding and left_padded(mask):
-        raise OptionError(
+        raise PaddingError(
             f"batch must hold prompts of one length for {hf.config.model_type}; got lengths {mask.sum(-1).tolist()}: {family.padding}, so padding moves the logits. "
             "Pass batch_size=1, or render episodes one by one."
         )
