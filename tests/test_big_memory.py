@@ -12,9 +12,15 @@ import pytest
 import torch
 
 import mechicl
-from mechicl.analysis.guarded import GAVE_UP, each_batch, guarded
+from mechicl.analysis.guarded import GAVE_UP, each_batch, guarded, noted, say
+from mechicl.analysis.margin.causal import move_margin
+from mechicl.analysis.margin.contrast_pairs import contrast_pairs
 from mechicl.data import concepts
+from mechicl.errors import NotFiniteError
+from mechicl.models.planted import planted_induction
+from mechicl.models.toys.prompts import toy_episodes
 from mechicl.prompts.corrupt import minimal_pairs
+from mechicl.studies.huang2026_heads import published_scores
 
 N = 4
 
@@ -90,6 +96,114 @@ def test_the_result_is_that_of_the_smaller_batch_and_says_so(name: str, model: A
     assert not any("Memory" in note for note in small.notes)
     assert any("Memory ran out at" in note and "left nothing out" in note for note in result.notes)
     np.testing.assert_allclose(numbers(result), numbers(small), atol=2e-5, rtol=1e-5)  # padding of other batches: float32 rounding
+
+
+# -- the inner net: only what did not fit is done again
+
+LOOPS: dict[str, Callable[[Any, Any, int], Any]] = {
+    "logit_lens": lambda m, e, b: mechicl.logit_lens(m, e, batch_size=b, **QUIET),
+    "logit_lens, ranks": lambda m, e, b: mechicl.logit_lens(m, e, of="rank", spans=["last token"], batch_size=b, **QUIET),
+    "direct_logits": lambda m, e, b: mechicl.direct_logits(m, e, batch_size=b, **QUIET),
+    "direct_logits, spans": lambda m, e, b: mechicl.direct_logits(m, e, by="span", batch_size=b, **QUIET),
+    "head_circuits": lambda m, e, b: mechicl.head_circuits(m, [(1, 0)], e, batch_size=b, **QUIET),
+    "span_knockout": lambda m, e, b: mechicl.span_knockout(
+        m, e, [("last token", "right label")], n_random=2, score="first_token", zero_shot=False, batch_size=b, **QUIET
+    ),
+    "contrast_margin": lambda m, e, b: mechicl.contrast_margin(m, e, score="first_token", batch_size=b, **QUIET),
+    "contrast_pairs": lambda m, e, b: contrast_pairs(m, e, answers=False, batch_size=b, **QUIET),
+    "move_margin": lambda m, e, b: move_margin(m, e, [(1, 0)], engine="naive", batch_size=len(e[0].candidates) * b, **QUIET),
+    "function_vector_scores": lambda m, e, b: mechicl.function_vector_scores(m, e, batch_size=b, **QUIET),
+    "published_scores": lambda m, e, b: published_scores(m, e, batch_size=b),
+}
+SIZE, FEW = 4, 2
+
+
+@contextmanager
+def scarce(monkeypatch: pytest.MonkeyPatch, model: Any, most: int, after: int = 0) -> Iterator[list[int]]:
+    """After so many passes a toy raises torch's error above `most` different prompts. Yields how many prompts each pass had that did not raise."""
+    run, seen = model.run_blocks, list[int]()
+
+    def look(batch: Any, *args: Any, **options: Any) -> Any:
+        if len(set(batch.ids)) > most and len(seen) >= after:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        seen.append(len(set(batch.ids)))
+        return run(batch, *args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(model, "run_blocks", look)
+        yield seen
+
+
+def every_number(result: Any) -> list[np.ndarray]:
+    """Every array of a result, and of the results in it."""
+    if isinstance(result, np.ndarray):
+        return [result.astype(float)] if result.dtype.kind in "fib" else []
+    if isinstance(result, dict):
+        return [x for value in result.values() for x in every_number(value)]
+    if isinstance(result, tuple):
+        return [x for value in result for x in every_number(value)]
+    if isinstance(result, float):
+        return [np.array([result])]
+    inside = getattr(result, "__dataclass_fields__", {})
+    return [x for name in inside if name not in ("provenance", "residue") for x in every_number(getattr(result, name))]
+
+
+@pytest.fixture(scope="module")
+def toy() -> Any:
+    return planted_induction(n_heads=3).model
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_batch_that_does_not_fit_is_halved_and_the_finished_ones_are_kept(name: str, toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, data = LOOPS[name], toy_episodes(8)  # prompts of one length: batches differ in nothing but their size
+    with scarce(monkeypatch, toy, most=8) as plenty:
+        whole = run(toy, data, SIZE)
+    assert max(plenty) == SIZE  # there was something to halve
+    with scarce(monkeypatch, toy, FEW, after=len(plenty) // 2) as seen, noted() as notes:
+        result = run(toy, data, SIZE)
+    assert sum(seen) <= sum(plenty)  # half of the passes were done when memory ran out, and none of them again
+    assert SIZE in seen
+    assert seen[-1] <= FEW
+    assert any(f"Memory ran out at {SIZE} prompts" in note and "left nothing out" in note for note in notes)
+    told = getattr(result, "notes", notes)
+    assert any("Memory ran out" in note for note in told)
+    pairs = list(zip(every_number(result), every_number(whole), strict=True))
+    assert sum(x.size for x, _ in pairs) > 8
+    for x, y in pairs:
+        np.testing.assert_allclose(x, y, atol=2e-6, rtol=2e-5)  # float32 sums over another number of rows
+
+
+def test_what_an_analysis_inside_notes_the_one_around_it_says(toy: Any) -> None:
+    @guarded
+    def inner(model: Any, batch_size: int = 2) -> float:
+        say("a note of the inner one")
+        return 1.0
+
+    @guarded
+    def outer(model: Any, batch_size: int = 2) -> float:
+        return inner(model)
+
+    with noted() as notes:
+        outer(toy)
+    assert notes == ["a note of the inner one"]
+    with noted() as notes:
+        pass
+    assert notes == []
+
+
+def test_work_that_keeps_its_parts_is_watched_too(model: Any, episodes: list[Any]) -> None:
+    weight = model.anatomy.layers[2].block.mlp.down_proj.weight
+    kept = weight.data.clone()
+    batch = model.render(episodes[:1])
+    try:
+        weight.data.fill_(torch.inf)
+        with pytest.raises(NotFiniteError, match="first in the output of layer 2"), noted(model):
+            model(batch)
+    finally:
+        weight.data.copy_(kept)
+    with noted(model) as notes:
+        model(batch)
+    assert notes == []
 
 
 def test_a_plenty_of_memory_leaves_no_note(model: Any, episodes: list[Any]) -> None:

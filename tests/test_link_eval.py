@@ -210,14 +210,14 @@ from mechicl.analysis.link.evaluate import evaluate_link
 from mechicl.data.link_context import SHORT, generated_pool
 from mechicl.models.vlm import HookedVLM
 from mechicl.training.organisms import build
-ask, count = link_settings.ask, 0
+ask, count = link_settings.ask_together, 0
 def dying(*args):
     global count
     count += 1
     if count == 4:
         os.kill(os.getpid(), signal.SIGKILL)
     return ask(*args)
-link_settings.ask = dying
+link_settings.ask_together = dying
 model = HookedVLM(*build("qwen2_5_vl", preset="tiny", seed=0), check=False)
 evaluate_link(model, generated_pool(0, n_groups=4, per_class=6, size=28), n=8, shots=(0, 1, 2), prompt=SHORT, labels="words", batch_size=3, out=sys.argv[1], progress=False, max_new_tokens=3)
 """  # fmt: skip
@@ -236,8 +236,8 @@ def test_a_run_killed_outright_loses_the_batch_in_flight_only(
     from mechicl.analysis.link import settings as link_settings
 
     seen: list[int] = []
-    inner = link_settings.ask
-    monkeypatch.setattr(link_settings, "ask", lambda model, episodes, how: (seen.append(len(episodes)), inner(model, episodes, how))[1])
+    inner = link_settings.ask_together
+    monkeypatch.setattr(link_settings, "ask_together", lambda model, episodes, how: (seen.append(len(episodes)), inner(model, episodes, how))[1])
     options: dict[str, Any] = {"batch_size": 3, "max_new_tokens": 3}
     again = evaluate(real, pool, out=folder, **options)
     assert sum(seen) == 16

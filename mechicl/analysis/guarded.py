@@ -2,7 +2,11 @@
 
 `guarded` is the outer net: an analysis whose memory ran out is run again with half the prompts per forward pass, so its result is that of the smaller
 batch and no episode is dropped. `each_batch` is the inner one, for loops whose finished batches are worth keeping: only the batch that did not fit is
-done again, in halves, and later ones stay that small. Both leave a note in the result.
+done again, in halves, and later ones stay that small. Both leave a note in the result. An analysis made of guarded ones says their notes as its own;
+`noted` collects them for work that keeps its parts in a folder and cannot begin again with another batch size.
+
+Both do the same for prompts of several lengths in a family whose logits padding moves (`mechicl.models.places`): a batch that was refused is halved until
+each part has one length, or the analysis runs again with one prompt at a time.
 
 The first forward pass of every production model is watched (`mechicl.models.guards`): an infinity is an error that names the layer, values near the
 largest number of the dtype are a note.
@@ -11,19 +15,20 @@ largest number of the dtype are a note.
 from __future__ import annotations
 
 import gc
+import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import fields, is_dataclass, replace
 from functools import wraps
 from inspect import BoundArguments, signature
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 
 from mechicl.analysis.feed import Data
-from mechicl.errors import NotFiniteError
+from mechicl.errors import NotFiniteError, PaddingError
 from mechicl.models.guards import Watch, watched
 from mechicl.models.resuming.memory import out_of_memory
 from mechicl.prompts.batch import Batch
@@ -31,17 +36,23 @@ from mechicl.prompts.batch import Batch
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
+Rows = TypeVar("Rows", bound=Sequence[Any])
 
+APART = "Padding moves this model's logits, so prompts of several lengths went through it apart; nothing was left out."
 GAVE_UP = "One prompt at a time does not fit either: use fewer shots, smaller pictures, a smaller dtype, or device_map='auto'."
+
+MARK = "guarded"
+"""Attribute of every guarded analysis."""
 
 _NOTES: ContextVar[list[str] | None] = ContextVar("notes of the running analysis", default=None)
 
 
 def guarded(analysis: Callable[P, R]) -> Callable[P, R]:
-    """An analysis with a `model` and a `batch_size` that gets by with the memory there is, and notices numbers that overflow.
+    """An analysis with a `batch_size`, and mostly a `model`, that gets by with the memory there is, and notices numbers that overflow.
 
     Where memory runs out, `analysis` runs again with half its `batch_size`, down to one; then torch's error is raised, with advice. Notes are added to
-    the result; see `with_notes`.
+    the result (see `with_notes`), and said to the analysis that asked for it. Models that are not called `model` (two that are compared, checkpoints that
+    are loaded in their turn) are watched by the guarded analyses inside.
 
     Raises:
         NotFiniteError: an activation of the first forward pass is NaN or infinite; names the layer.
@@ -53,11 +64,18 @@ def guarded(analysis: Callable[P, R]) -> Callable[P, R]:
         bound = parameters.bind(*args, **kwargs)
         bound.apply_defaults()
         model = bound.arguments.get("model")
-        size = asked = bound.arguments["batch_size"]
+        size = asked = bound.arguments.get("batch_size")  # None: it is among the options of a guarded analysis inside
+        apart = False
         while True:
             try:
                 with _noting() as notes, watched(model) as watch:
                     result = _told(analysis, bound, watch)
+            except PaddingError:
+                if not isinstance(size, int) or size <= 1:
+                    raise
+                size = bound.arguments["batch_size"] = asked = 1
+                apart = True
+                continue
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error) or gave_up(error):
                     raise
@@ -67,10 +85,13 @@ def guarded(analysis: Callable[P, R]) -> Callable[P, R]:
             else:
                 if size != asked:
                     notes.insert(0, memory_note(asked, size))
-                return with_notes(result, [*notes, *watch.notes()])
+                if apart:
+                    notes.insert(0, APART)
+                return _handed_on(result, [*notes, *watch.notes()])
             size = bound.arguments["batch_size"] = size // 2
             free()  # outside of the except block, whose error keeps the tensors of the failed pass alive
 
+    setattr(run, MARK, True)
     return run
 
 
@@ -103,15 +124,28 @@ def each_batch(
     """
     n = len(data)
     n_parts = max(1, min(-(-n // size), n // least))
-    queue = [range(part * n // n_parts, (part + 1) * n // n_parts) for part in range(n_parts)]
-    most = size
+    parts = [range(part * n // n_parts, (part + 1) * n // n_parts) for part in range(n_parts)]
+    return each_part(parts, lambda rows: work(_batch(model, data, rows), rows), least=least, done=done)
+
+
+def each_part(parts: Iterable[Rows], work: Callable[[Rows], T], *, least: int = 1, done: Callable[[int], Any] | None = None) -> Iterator[T]:
+    """`each_batch` for work that makes its prompts itself: what `work` makes of each part, a slice of rows (or of what stands for them), halved where memory
+    runs out.
+    """
+    queue, most = list(parts), sys.maxsize
     while queue:
         rows = queue.pop(0)
         if len(rows) > most and len(rows) >= 2 * least:
             queue[:0] = _halves(rows)
             continue
         try:
-            result = work(_batch(model, data, rows), rows)
+            result = work(rows)
+        except PaddingError:
+            if len(rows) < 2 * least:
+                raise
+            say(APART)
+            queue[:0] = _halves(rows)  # refused before the model ran; halves of one length go through whole
+            continue
         except (RuntimeError, MemoryError) as error:
             if len(rows) < 2 * least or not out_of_memory(error):
                 raise
@@ -126,9 +160,9 @@ def each_batch(
         queue[:0] = _halves(rows)
 
 
-def _halves(rows: range) -> list[range]:
-    middle = rows.start + (len(rows) + 1) // 2
-    return [range(rows.start, middle), range(middle, rows.stop)]
+def _halves(rows: Rows) -> list[Rows]:
+    middle = (len(rows) + 1) // 2
+    return [cast(Rows, rows[:middle]), cast(Rows, rows[middle:])]
 
 
 def _batch(model: Any, data: Data, rows: Sequence[int]) -> Batch:
@@ -162,6 +196,19 @@ def free() -> None:
 
 
 @contextmanager
+def noted(model: Any = None) -> Iterator[list[str]]:
+    """The notes of what is done inside the block, whole once it ends: memory that ran out, numbers near the largest of the dtype.
+
+    Raises:
+        NotFiniteError: an activation of the first forward pass is NaN or infinite; names the layer.
+    """
+    with _noting() as notes, watched(model) as watch:
+        yield notes
+        watch.check()
+    notes += [note for note in watch.notes() if note not in notes]
+
+
+@contextmanager
 def _noting() -> Iterator[list[str]]:
     notes: list[str] = []
     token = _NOTES.set(notes)
@@ -169,6 +216,14 @@ def _noting() -> Iterator[list[str]]:
         yield notes
     finally:
         _NOTES.reset(token)
+
+
+def _handed_on(result: R, notes: Sequence[str]) -> R:
+    """The result with its notes, which the analysis that asked for it says too: a number that it makes of the result stands on them as well."""
+    told = with_notes(result, notes)
+    for note in notes:
+        say(note)
+    return told
 
 
 def with_notes(result: R, notes: Sequence[str]) -> R:
@@ -180,12 +235,12 @@ def with_notes(result: R, notes: Sequence[str]) -> R:
         return result
     if "notes" in names:
         old = result.notes  # pyright: ignore[reportAttributeAccessIssue]
-        return replace(result, notes=(*old, *(note for note in notes if note not in old)))  # type: ignore[type-var]
+        new = [note for note in notes if not any(one.endswith(note) for one in old)]  # "the base: ..." says it already, and of which model
+        return replace(result, notes=(*old, *new))  # type: ignore[type-var]
     if "provenance" in names:
         made = result.provenance  # pyright: ignore[reportAttributeAccessIssue]
         return replace(result, provenance=replace(made, options={**made.options, "remarks": list(notes)}))  # type: ignore[type-var]
     for note in notes:
         if _NOTES.get() is None:
-            warnings.warn(note, RuntimeWarning, stacklevel=3)
-        say(note)
+            warnings.warn(note, RuntimeWarning, stacklevel=4)
     return result

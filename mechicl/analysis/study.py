@@ -21,6 +21,7 @@ from mechicl.analysis.ablation.switches import How
 from mechicl.analysis.ablation.verdict import ALPHA, LEAST_CENSUS
 from mechicl.analysis.circuits.tracing import trace_answer
 from mechicl.analysis.feed import provenance
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.heads.scoring import attention_by_role, score_heads
 from mechicl.analysis.icl import icl_accuracy
 from mechicl.analysis.prompts import prompt_view
@@ -46,6 +47,7 @@ MANY_HEADS = 64
 """Up to this many heads each is also switched off alone to find those worth most; beyond it that would take as long as everything else together."""
 
 
+@guarded
 def find_and_prove(
     model: Any,
     episodes: Sequence[Episode],

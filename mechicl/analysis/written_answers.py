@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mechicl.analysis.feed import provenance
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.labels import LabelScore, predict
 from mechicl.analysis.link.answers import Asked, How
 from mechicl.analysis.link.settings import Job, Setting, collect
@@ -23,6 +24,7 @@ from mechicl.results.written import WrittenAnswers, WrittenChange, WrittenRow
 TABLES = ("scores.csv", "answers.parquet")
 
 
+@guarded
 def written_answers(
     model: Any,
     task: VLICLTask,

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechicl.analysis.feed import batches, comparable, ids_of, progress_bar
+from mechicl.analysis.feed import comparable, ids_of, progress_bar
+from mechicl.analysis.guarded import each_batch, guarded
 from mechicl.analysis.heads.scoring import score_heads
 from mechicl.analysis.statistics import bootstrap_interval
 from mechicl.errors import NotFiniteError, UnsupportedModelError
@@ -48,6 +49,7 @@ class Published:
     not_found: tuple[str, ...]
 
 
+@guarded
 def published_scores(model: Any, episodes: Sequence[Episode] | Batch, *, batch_size: int = 8, progress: bool = False) -> Published:
     """PH and IH as published, one pass over the prompts, whole patterns never kept.
 
@@ -64,21 +66,24 @@ def published_scores(model: Any, episodes: Sequence[Episode] | Batch, *, batch_s
     Source:
         Huang et al. 2026, released scripts. Differs: padding never counts, so prompts may share a pass.
     """
-    parts, lost, elsewhere = [], [], 0
-    names, seen = ids_of(episodes), 0
-    n_batches = -(-len(episodes) // batch_size)
-    for batch in progress_bar(batches(model, episodes, batch_size), total=n_batches, what="published head scores", show=progress):
+    names = ids_of(episodes)
+
+    def work(batch: Batch, rows: range) -> tuple[np.ndarray, list[str], int]:
         reader = _Reader(batch)
         found = model.attention_rows(batch, torch.arange(batch.n_pos), reduce=reader)
         if all(entry is None for entry in found):
             raise UnsupportedModelError(f"a layer of {model.cfg.model_type} must have softmax attention; none has. Head scores need it.")
-        parts.append(np.stack([_layer(layer, entry, reader, batch.n, model.cfg.n_heads) for layer, entry in enumerate(found)], 1))
-        lost += [names[seen + i] for i in range(batch.n) if not reader.answer[i].any()]
-        elsewhere += int((reader.answer != reader.labels).any(1).sum())
-        seen += batch.n
-    whole = np.concatenate(parts)
+        values = np.stack([_layer(layer, entry, reader, batch.n, model.cfg.n_heads) for layer, entry in enumerate(found)], 1)
+        lost = [names[row] for i, row in enumerate(rows) if not reader.answer[i].any()]
+        return values, lost, int((reader.answer != reader.labels).any(1).sum())
+
+    bar = progress_bar(None, total=len(episodes), what="published head scores", show=progress)
+    parts = list(each_batch(model, episodes, batch_size, work, done=bar.update))
+    bar.close()
+    whole = np.concatenate([values for values, *_ in parts])
     by = {reader: whole[..., 2 + k] for k, reader in enumerate(READERS.values())}
-    return Published(whole[..., 0], {k: v for k, v in by.items() if np.isfinite(v).any()}, whole[..., 1], elsewhere, tuple(lost))
+    lost = tuple(name for _, some, _ in parts for name in some)
+    return Published(whole[..., 0], {k: v for k, v in by.items() if np.isfinite(v).any()}, whole[..., 1], sum(n for *_, n in parts), lost)
 
 
 class _Reader:
@@ -151,6 +156,7 @@ def spellings(tokenizer: Any, word: str) -> list[list[int]]:
     return [tokens for k, tokens in enumerate(both) if tokens and tokens not in both[:k]]
 
 
+@guarded
 def rank_heads(
     model: Any,
     episodes: Sequence[Episode],

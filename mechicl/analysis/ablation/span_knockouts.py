@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from mechicl.analysis.ablation.span_blocks import Cells, cells, check_name, random_cells
 from mechicl.analysis.feed import Data, batches, check_data, ids_of, progress_bar, provenance, rehearse
-from mechicl.analysis.guarded import guarded
+from mechicl.analysis.guarded import each_batch, guarded
 from mechicl.analysis.icl import mark, usable, zero_shot_control
 from mechicl.analysis.labels import Answers, Key, LabelScore, can_share, check_score, indistinct, label_logprobs, n_blocks, widen
 from mechicl.analysis.statistics import holm, mcnemar_p, mean_estimate, paired_change, permutation_p
@@ -106,6 +108,16 @@ def span_knockout(
     )  # fmt: skip
 
 
+@dataclass(frozen=True, eq=False)
+class _Closed:
+    """What came of one batch: answers of the knock-out, then of each draw; closed cells of each prompt; of the draws, means over prompts; rows left empty."""
+
+    answers: list[Answers]
+    closed: list[int]
+    random_closed: list[float]
+    emptied: int
+
+
 @dataclass(eq=False)
 class _Row:
     """One knock-out as it runs. `answers`: of the knock-out, then of each random draw, batch by batch."""
@@ -126,22 +138,24 @@ class _Row:
         """Who does not read what."""
         return f"{self.dest} <- {self.src}"
 
-    def variants(self, batch: Batch, first: int) -> list[list[Cells]]:
-        """The knock-out's cells, and those of every draw.
-
-        Raises:
-            EmptySpanError: the first prompts have none.
-        """
-        given = cells(batch, self.dest, self.src)
-        count = given.n
-        if not first and not bool(count.any()):
+    def check(self, batch: Batch) -> None:
+        """Raises EmptySpanError where these prompts have no such cell."""
+        if not bool(cells(batch, self.dest, self.src).n.any()):
             raise EmptySpanError(
                 f"prompts must have tokens of {self.src!r} that {self.dest!r} can read; the first {batch.n} have none. Name groups that the prompts have, readers first."
             )
-        self.closed += count.tolist()
-        drawn = [random_cells(batch, given, seed=self.seed, draw=k, first=first) for k in range(self.n_random)]
-        self.random_closed += [float(sum(one.n for one in draw).float().mean()) for draw in drawn if draw]  # type: ignore[union-attr, attr-defined]
-        return [[given], *drawn]
+
+    def variants(self, batch: Batch, first: int) -> list[list[Cells]]:
+        """The knock-out's cells, and those of every draw."""
+        given = cells(batch, self.dest, self.src)
+        return [[given], *(random_cells(batch, given, seed=self.seed, draw=k, first=first) for k in range(self.n_random))]
+
+    def take(self, one: _Closed) -> None:
+        """Keep a finished batch."""
+        self.closed += one.closed
+        self.random_closed += one.random_closed
+        self.emptied += one.emptied
+        self.answers = [[*before, found] for before, found in zip(self.answers or [[] for _ in one.answers], one.answers, strict=True)]
 
     def blocks(self, some: Sequence[Cells]) -> list[Block]:
         """Closed where the row says."""
@@ -190,32 +204,45 @@ def _run(
     widest = max(len(row) for row in (data.candidates if isinstance(data, Batch) else [e.candidates for e in data]))
     share = score != "first_token" and can_share(model, data)
     size = max(batch_size // (1 if share or score == "first_token" else widest), 1)
+    first = next(batches(model, data, size))
+    for row in rows:  # on as many prompts as were asked for at once: fewer may have none by chance
+        row.check(first)
+    passes = 1 + sum(1 + row.n_random for row in rows)
+    bar = progress_bar(None, total=n * passes, what="closing attention", show=progress)
+
+    def work(batch: Batch, at: range) -> tuple[Answers, list[_Closed], Key, list[str]]:
+        common: dict[str, Any] = {
+            "score": score,
+            "names": names[at.start : at.stop],
+            "wide": widen(batch, n_blocks(batch, score)),
+            "share": share,
+        }
+        intact = label_logprobs(model, batch, **common)[0]
+        closed = [_close(model, batch, row, at.start, common) for row in rows]
+        return intact, closed, Key.of(batch), [""] * batch.n if score == "first_token" else indistinct(batch)
+
     intact: list[Answers] = []
-    keys, reasons, seen = [], [], 0
-    total = -(-n // size) * (1 + sum(1 + row.n_random for row in rows))
-    bar = progress_bar(None, total=total, what="closing attention", show=progress)
-    for batch in batches(model, data, size):
-        wide = widen(batch, n_blocks(batch, score))
-        common: dict[str, Any] = {"score": score, "names": names[seen : seen + batch.n], "wide": wide, "share": share}
-        intact += label_logprobs(model, batch, **common)
-        bar.update(1)
-        for row in rows:
-            for k, some in enumerate(row.variants(batch, seen)):
-                tally = Tally()
-                if some:
-                    with blocked(model, row.blocks(some)) as tally:
-                        found = label_logprobs(model, batch, **common)
-                else:  # a draw that closes nothing
-                    found = label_logprobs(model, batch, **common)
-                row.emptied += tally.emptied if k == 0 else 0
-                row.answers += [[]] if len(row.answers) <= k else []
-                row.answers[k] += found
-                bar.update(1)
-        keys.append(Key.of(batch))
-        reasons += [""] * batch.n if score == "first_token" else indistinct(batch)
-        seen += batch.n
+    keys, reasons = [], list[str]()
+    for answers, closed, key, why in each_batch(model, data, size, work, done=lambda count: bar.update(count * passes)):
+        for row, one in zip(rows, closed, strict=True):
+            row.take(one)
+        intact.append(answers)
+        keys.append(key)
+        reasons += why
     bar.close()
     return intact, Key.join(keys), reasons
+
+
+def _close(model: Any, batch: Batch, row: _Row, first: int, common: dict[str, Any]) -> _Closed:
+    """A row's knock-out and its draws, on one batch."""
+    answers, emptied = [], 0
+    variants = row.variants(batch, first)
+    for k, some in enumerate(variants):
+        with blocked(model, row.blocks(some)) if some else nullcontext(Tally()) as tally:  # a draw may close nothing
+            answers += label_logprobs(model, batch, **common)
+        emptied += tally.emptied if k == 0 else 0
+    random = [float(torch.stack([one.n for one in draw]).sum(0).float().mean()) for draw in variants[1:] if draw]
+    return _Closed(answers, variants[0][0].n.tolist(), random, emptied)
 
 
 def _windows(model: Any, layers: Layers) -> list[tuple[int, ...]]:

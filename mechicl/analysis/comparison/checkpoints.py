@@ -15,6 +15,7 @@ from mechicl.analysis.comparison.improve import held_out_by
 from mechicl.analysis.comparison.places import Checkpoint, Revisions, checkpoints, opened
 from mechicl.analysis.comparison.sides import known_by, unique_ids
 from mechicl.analysis.feed import Data, check_data, comparable, provenance
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.heads.named import SCORES
 from mechicl.analysis.kept import KeptFolder
 from mechicl.analysis.statistics import mean_estimate
@@ -33,7 +34,10 @@ DIGITS = 6
 class PointStore(KeptFolder):
     """The folder of a series: one line for each finished checkpoint."""
 
-    plan, lines, what, finished = "series.json", "checkpoints.jsonl", "series", "checkpoints"
+    plan: str = "series.json"
+    lines: str = "checkpoints.jsonl"
+    what: str = "series"
+    finished: str = "checkpoints"
 
     def load(self) -> dict[int, dict[str, Any]]:
         """Finished checkpoints by step."""
@@ -46,6 +50,7 @@ class PointStore(KeptFolder):
         return found
 
 
+@guarded
 def series(
     source: str | os.PathLike[str] | Sequence[Any],
     episodes: Data,

@@ -15,6 +15,7 @@ from mechicl.analysis.comparison.sides import Asked, SideStore, Source, both_sid
 from mechicl.analysis.comparison.trunk import BAR, trunk
 from mechicl.analysis.comparison.words import prompts_of
 from mechicl.analysis.feed import Data, check_data
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.heads.named import SCORES
 from mechicl.analysis.statistics import mcnemar_p, paired_change, wilson
 from mechicl.errors import OptionError
@@ -27,6 +28,7 @@ COMPARED = ("induction", "tla", "ila", "previous_token", "duplicate", "sink")
 """Scores that are compared unless others are asked for: of each kind of place that a head can read, so that heads can be told apart."""
 
 
+@guarded
 def compare(
     model_a: Source,
     model_b: Source,

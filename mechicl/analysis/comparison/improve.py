@@ -19,6 +19,7 @@ import numpy as np
 from mechicl.analysis.comparison.compare import compare
 from mechicl.analysis.comparison.sides import Source
 from mechicl.analysis.feed import Data
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.statistics import mean_estimate, paired_change, permutation_p, sign_flip_p
 from mechicl.errors import OptionError
 from mechicl.results import Estimate, Score
@@ -27,6 +28,7 @@ from mechicl.results.comparison import Comparison, HeadsImprove
 N_DEALT = 2000
 
 
+@guarded
 def heads_improve(
     model_a: Source | Comparison,
     model_b: Source | None = None,

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import torch
-
 from mechicl.analysis.examples.retrieval import REFUSALS
+from mechicl.analysis.guarded import each_part
 from mechicl.analysis.labels import LabelScore, indistinct, label_logprobs
 from mechicl.errors import NotFiniteError, OptionError
 from mechicl.prompts.batch import Batch
@@ -120,23 +119,23 @@ class How:
 
 
 def ask(model: Any, episodes: Sequence[Episode], how: How) -> list[Asked]:
-    """Both answers to all prompts in one go; where the device's memory is too small for that, in halves; where it is refused, one by one, so that a bad
-    prompt costs itself only.
+    """Both answers to all prompts in one go; where memory is too small for that, in halves; where it is refused, one by one, so that a bad prompt costs
+    itself only.
 
     Raises:
         NotFiniteError: logits are NaN.
     """
+    return [one for some in each_part([episodes], lambda few: ask_together(model, few, how)) for one in some]
+
+
+def ask_together(model: Any, episodes: Sequence[Episode], how: How) -> list[Asked]:
+    """As `ask`; memory that runs out is the caller's to see to."""
     try:
         return _ask(model, episodes, how)
     except REFUSALS as error:
         if len(episodes) == 1:
             return [Asked(reason=str(error))]
-        return [one for episode in episodes for one in ask(model, [episode], how)]
-    except torch.OutOfMemoryError:
-        if len(episodes) == 1:
-            raise
-    half = len(episodes) // 2  # outside of the except block, whose error would keep the tensors alive
-    return [*ask(model, episodes[:half], how), *ask(model, episodes[half:], how)]
+    return [one for episode in episodes for one in ask_together(model, [episode], how)]
 
 
 def _ask(model: Any, episodes: Sequence[Episode], how: How) -> list[Asked]:

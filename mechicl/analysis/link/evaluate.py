@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from PIL import Image
 
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.labels import LabelScore
 from mechicl.analysis.link.answers import How, Rule
 from mechicl.analysis.link.settings import Job, Setting, check_settings, cost, run_settings
@@ -114,6 +115,7 @@ def at_shots(episode: Episode, shots: int) -> Episode:
     return replace(episode, shots=tuple(kept))
 
 
+@guarded
 def evaluate_link(
     model: Any,
     data: Pool | Sequence[LinkTask] | Sequence[Episode],
@@ -186,6 +188,7 @@ def evaluate_link(
     return run_settings(model, settings, job, out=out, embeddings=embeddings)
 
 
+@guarded
 def link_cost(
     model: Any, data: Pool | Sequence[LinkTask] | Sequence[Episode], *, generate: bool = True, max_new_tokens: int | None = None, score: LabelScore = "full",
     batch_size: int = 8, **options: Any,

@@ -19,6 +19,7 @@ from mechicl.analysis.ablation.effects import head_effects
 from mechicl.analysis.ablation.switches import How
 from mechicl.analysis.ablation.verdict import ALPHA
 from mechicl.analysis.feed import provenance
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.heads.scoring import score_heads
 from mechicl.analysis.icl import icl_accuracy
 from mechicl.analysis.link.mechanism_carry import carry, controls_spare, twin_gap
@@ -63,6 +64,7 @@ class Found:
         }
 
 
+@guarded
 def link_circuit(
     model: Any,
     episodes: Sequence[Episode],

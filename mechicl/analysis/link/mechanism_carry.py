@@ -9,6 +9,7 @@ import numpy as np
 
 from mechicl.analysis.ablation.matched import TRIES, Draws, matched_draws, one_draw
 from mechicl.analysis.ablation.switches import switchable
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.patching.cells import Patch, Selection
 from mechicl.analysis.patching.edits import run_naive
 from mechicl.analysis.patching.job import Job, prepare
@@ -19,6 +20,7 @@ from mechicl.prompts.corrupt import Pairs
 from mechicl.results import Carried, Estimate, Head
 
 
+@guarded
 def twin_gap(model: Any, pairs: Pairs, metric: Metric = "label_logprob", batch_size: int = 8, seed: int = 0) -> Estimate:
     """How far the answers of the two prompts of a pair are apart: what can be carried."""
     job = _job(model, pairs, [(switchable(model)[0], 0)], metric, batch_size)
@@ -26,6 +28,7 @@ def twin_gap(model: Any, pairs: Pairs, metric: Metric = "label_logprob", batch_s
     return mean_estimate(np.concatenate([a - b for a, b in ends]), unit=job.contrast.unit, seed=seed)
 
 
+@guarded
 def carry(
     model: Any, pairs: Pairs, sets: Mapping[str, tuple[Head, ...]], *, n_random: int = 20, metric: Metric = "label_logprob", seed: int = 0, batch_size: int = 8,
     spare: Sequence[Head] = (),

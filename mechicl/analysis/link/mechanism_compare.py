@@ -18,6 +18,7 @@ import numpy as np
 from mechicl.analysis.ablation.verdict import ALPHA
 from mechicl.analysis.agreement import chance_overlap, correlation, ranks
 from mechicl.analysis.feed import progress_bar, provenance
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.link.head_weights import PARTS, check_pair, shared_heads
 from mechicl.analysis.link.mechanism import ROLES, SCORES, check, halves
 from mechicl.analysis.link.mechanism_carry import draws_beside, sizes
@@ -43,6 +44,7 @@ FEW_LAYERS = 16
 """Layers up to which the heads of each are exchanged, too."""
 
 
+@guarded
 def build_or_sharpen(
     base: Any,
     adapted: Mapping[str, Any],

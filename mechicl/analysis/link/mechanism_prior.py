@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mechicl.analysis.feed import progress_bar
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.link.mechanism_compare import check_given, load_given
 from mechicl.analysis.link.rename import Names, link_or_prior
 from mechicl.analysis.statistics import holm, mean_estimate, paired_change, wilson
@@ -19,6 +20,7 @@ from mechicl.results import LinkPrior, LinkPriors, PriorShift
 from mechicl.results.link import LinkPriorRow
 
 
+@guarded
 def link_priors(
     models: Mapping[str, Any],
     episodes: Sequence[Episode],

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from PIL import Image
 
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.link.answers import How
 from mechicl.analysis.link.settings import Job, Setting, run_settings
 from mechicl.errors import EpisodeError, OptionError
@@ -27,6 +28,7 @@ THIRDS = ("first", "middle", "last")
 GREY = (127, 127, 127)
 
 
+@guarded
 def label_corruption(
     model: Any,
     episodes: Sequence[Episode],
@@ -88,6 +90,7 @@ def corrupt_labels(episode: Episode, share: float, how: Wrong = "swap", seed: in
     return replace(episode, shots=tuple(shots))
 
 
+@guarded
 def informative_position(
     model: Any,
     episodes: Sequence[Episode],

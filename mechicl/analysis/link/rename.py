@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from mechicl.analysis.feed import provenance
+from mechicl.analysis.guarded import guarded
 from mechicl.analysis.labels import predict
 from mechicl.analysis.link.answers import Asked, How, outcome
 from mechicl.analysis.link.evaluate import at_shots
@@ -92,6 +93,7 @@ def rename(episodes: Sequence[Episode], how: Names = "swap", *, names: Sequence[
     return found
 
 
+@guarded
 def link_or_prior(
     model: Any,
     episodes: Sequence[Episode],

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from mechicl.analysis.feed import progress_bar, provenance
+from mechicl.analysis.guarded import each_part
 from mechicl.analysis.labels import check_score, margins, predict
-from mechicl.analysis.link.answers import Asked, How, Rule, ask, can_write, outcome, overlapping, written_alone
+from mechicl.analysis.link.answers import Asked, How, Rule, ask, ask_together, can_write, outcome, overlapping, written_alone
 from mechicl.analysis.link.baselines import LOOKED, baselines
 from mechicl.analysis.link.store import AnswerStore, digest
 from mechicl.analysis.patching.store import weights
@@ -115,17 +116,21 @@ def collect(
     check_settings(model, settings, job)
     store = None if out is None else AnswerStore(out, job.asked(model, settings))
     answers = {} if store is None else store.load()
-    todo = [(one, rows) for one in settings for rows in _parts(model, one, job, answers)]
-    n_prompts = sum(len(rows) for _, rows in todo)
+    todo = [[(one, i) for i in rows] for one in settings for rows in _parts(model, one, job, answers)]
+    n_prompts = sum(len(part) for part in todo)
     if job.progress and n_prompts >= LONG:
         _say(str(cost(model, settings, job, n_prompts)))
     bar = progress_bar(None, total=n_prompts, what="asking", show=job.progress)
-    for one, rows in todo:
-        found = ask(model, [one.episodes[i] for i in rows], job.how)
+
+    def work(part: Sequence[tuple[Setting, int]]) -> list[tuple[Setting, int, Asked]]:
+        found = ask_together(model, [one.episodes[i] for one, i in part], job.how)
+        return [(one, i, answer) for (one, i), answer in zip(part, found, strict=True)]
+
+    for found in each_part(todo, work, done=bar.update):
+        name = found[0][0].name
         if store is not None:
-            store.add(one.name, rows, found)
-        answers |= {(one.name, i): answer for i, answer in zip(rows, found, strict=True)}
-        bar.update(len(rows))
+            store.add(name, [i for _, i, _ in found], [answer for *_, answer in found])
+        answers |= {(name, i): answer for _, i, answer in found}
     bar.close()
     return answers, store
 

@@ -10,8 +10,8 @@ from typing import Any, get_args
 
 import numpy as np
 
-from mechicl.analysis.feed import Data, batches, check_data, comparable, ids_of, progress_bar, provenance, rehearse, take
-from mechicl.analysis.guarded import guarded
+from mechicl.analysis.feed import Data, check_data, comparable, ids_of, progress_bar, provenance, rehearse, take
+from mechicl.analysis.guarded import each_batch, guarded
 from mechicl.analysis.icl import usable
 from mechicl.analysis.labels import indistinct
 from mechicl.analysis.margin.push import Engine, Moved, Pushed
@@ -81,14 +81,23 @@ def move_margin(
     before, after, reasons, more = [], [], list[str](), list[str]()  # before [batch]; after [1 + control, dose, batch]
     widest = max(len(row) for row in data.candidates) if isinstance(data, Batch) else max(len(episode.candidates) for episode in data)
     size = max(1, batch_size // widest)
-    for batch in progress_bar(batches(model, data, size), total=-(-len(data) // size), what="moving margins", show=progress):
+
+    def move(batch: Batch, rows: range) -> tuple[list[str], np.ndarray, np.ndarray, list[str]] | list[str]:
         unclear = indistinct(batch)
-        if good := [i for i, reason in enumerate(unclear) if not reason]:
-            work = Pushed(model, batch if len(good) == batch.n else batch.select(good), chosen, part, keys, engine)
-            before.append(work.before)
-            after.append(work.run(doses_, n_controls, seed, [len(reasons) + i for i in good]))
-            more += work.notes
-        reasons += unclear
+        good = [i for i, reason in enumerate(unclear) if not reason]
+        if not good:
+            return unclear
+        work = Pushed(model, batch if len(good) == batch.n else batch.select(good), chosen, part, keys, engine)
+        return unclear, work.before, work.run(doses_, n_controls, seed, [rows[i] for i in good]), work.notes
+
+    bar = progress_bar(None, total=len(data), what="moving margins", show=progress)
+    for found in each_batch(model, data, size, move, done=bar.update):
+        if isinstance(found, tuple):
+            before.append(found[1])
+            after.append(found[2])
+            more += found[3]
+        reasons += found[0] if isinstance(found, tuple) else found
+    bar.close()
     _, unscored = usable(ids_of(data), reasons)
     options = {
         "heads": chosen,

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechicl.analysis.feed import Data, batches, check_data, comparable, ids_of, progress_bar, provenance, rehearse, take
-from mechicl.analysis.guarded import guarded
+from mechicl.analysis.feed import Data, check_data, comparable, ids_of, progress_bar, provenance, rehearse, take
+from mechicl.analysis.guarded import each_batch, guarded
 from mechicl.analysis.icl import usable
 from mechicl.analysis.labels import answer, predict
 from mechicl.analysis.layout import count_shots
@@ -127,11 +127,20 @@ def contrast_pairs(
     n_shots = count_shots(data) if isinstance(data, Batch) else max(len(episode.shots) for episode in data)
     widest = max(len(row) for row in data.candidates) if isinstance(data, Batch) else max(len(episode.candidates) for episode in data)
     size, names = (max(1, batch_size // widest) if at == "label" else batch_size), dict[str, int]()
-    parts: list[tuple[Any, ...]] = []
-    for batch in progress_bar(batches(model, data, size), total=-(-len(data) // size), what="reading keys and values", show=progress):
+
+    def work(batch: Batch, _: range) -> tuple[Any, ...]:
         places = Places.of(batch, n_shots, at, "before")
-        query, exemplars = _read(model, places, chosen, part)
-        parts.append((query, exemplars, places.known.numpy(), places.right.numpy(), *_items(batch, n_shots, names)))
+        read = _read(model, places, chosen, part)
+        return (
+            *read,
+            places.known.numpy(),
+            places.right.numpy(),
+            *_items(batch, n_shots, names),
+        )  # names are given out last, once the reading stands
+
+    bar = progress_bar(None, total=len(data), what="reading keys and values", show=progress)
+    parts = list(each_batch(model, data, size, work, done=bar.update))
+    bar.close()
     joined = [np.concatenate(column) for column in zip(*parts, strict=True)]
     options = {"part": part, "at": at, "heads": chosen, "batch_size": batch_size}
     return ContrastPairs(

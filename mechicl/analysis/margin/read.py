@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechicl.analysis.feed import Data, batches, progress_bar
+from mechicl.analysis.feed import Data, progress_bar
+from mechicl.analysis.guarded import each_batch
 from mechicl.analysis.layout import closing_group, count_shots, layout
 from mechicl.analysis.readout.head_reading import attention_scale
 from mechicl.analysis.shift.read import Rows, gather, rows_of, why_not
@@ -170,25 +171,25 @@ def read_nearness(
     n_shots = count_shots(data) if isinstance(data, Batch) else max(len(episode.shots) for episode in data)
     widest = max(len(row) for row in data.candidates) if isinstance(data, Batch) else max(len(episode.candidates) for episode in data)
     size = max(1, batch_size // widest) if at == "label" else batch_size
-    found: dict[str, list[np.ndarray]] = {part: [] for part in (*parts, "attention")}
-    known, right, labels, reasons = [], [], [], {}
-    bar = progress_bar(batches(model, data, size), total=-(-len(data) // size), what="reading keys and values", show=progress)
-    for batch in bar:
+
+    def work(batch: Batch, _: range) -> Nearness:
         places = Places.of(batch, n_shots, at, keys)
         reader = _Reader(model, places, parts, distance)
         with model.hooks(fwd_hooks=reader.hooks):
             model.attention_rows(places.wide, reduce=reader.attention)
-        reasons |= reader.reasons
-        for part, values in found.items():
-            values.append(reader.stacked(part))
-        known.append(places.known.numpy())
-        right.append(places.right.numpy())
-        labels.append(_label_numbers(batch, n_shots))
-    joined = {part: np.concatenate(values) for part, values in found.items()}
+        values = {part: reader.stacked(part) for part in (*parts, "attention")}
+        return Nearness(values, places.known.numpy(), places.right.numpy(), _label_numbers(batch, n_shots), reader.reasons)
+
+    bar = progress_bar(None, total=len(data), what="reading keys and values", show=progress)
+    found = list(each_batch(model, data, size, work, done=bar.update))
+    bar.close()
+    reasons = {key: why for one in found for key, why in one.reasons.items()}
+    joined = {part: np.concatenate([one.parts[part] for one in found]) for part in (*parts, "attention")}
+    known, right, labels = (np.concatenate([getattr(one, name) for one in found]) for name in ("known", "right", "labels"))
     if empty := [part for part in parts if np.isnan(joined[part]).all()]:
         why = next((why for (part, _), why in reasons.items() if part == empty[0]), "no layer gives it")
         raise UnsupportedModelError(f"part {empty[0]!r} must be readable in some layer; {why}. Leave it out of parts.")
-    return Nearness(joined, np.concatenate(known), np.concatenate(right), np.concatenate(labels), reasons)
+    return Nearness(joined, known, right, labels, reasons)
 
 
 def _label_numbers(batch: Batch, n_shots: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechicl.analysis.feed import Data, batches, check_data, ids_of, progress_bar, provenance, rehearse, take
-from mechicl.analysis.guarded import guarded
+from mechicl.analysis.guarded import each_batch, guarded
 from mechicl.analysis.kinds import KINDS, present
 from mechicl.analysis.readout.sources import Sources
 from mechicl.analysis.readout.unembedding import Unembedding, first_tokens, soft_cap
@@ -179,10 +179,8 @@ def _permuted(model: Any, data: Data, by: str, against: str, batch_size: int, se
 @torch.no_grad()
 def _run(model: Any, data: Data, by: str, against: str, batch_size: int, names: Sequence[str], progress: bool, what: str) -> _Found:
     head = Unembedding(model)
-    parts: list[tuple[tuple[str, ...], Tensor]] = []
-    splits: list[dict[str, Tensor]] = []
-    totals, kinds = [], set[str]()
-    for batch in progress_bar(batches(model, data, batch_size), total=-(-len(data) // batch_size), what=what, show=progress):
+
+    def work(batch: Batch, rows: range) -> tuple[tuple[str, ...], Tensor, np.ndarray, dict[str, Tensor], list[str]]:
         written = Written(model, last_positions(batch), by="layer" if by == "layer" else "component")
         sources = Sources(model, batch) if by == "span" else None
         if sources is None:
@@ -190,7 +188,7 @@ def _run(model: Any, data: Data, by: str, against: str, batch_size: int, names: 
         else:
             with model.hooks(fwd_hooks=[*written.hooks, *sources.hooks]):
                 model.attention_rows(batch, reduce=sources.keep)
-            logits = None if totals else model(batch)[:, 0]
+            logits = None if rows.start else model(batch)[:, 0]
         found = written.parts()
         stream = found.stream[:, 0]
         if logits is not None:
@@ -202,21 +200,22 @@ def _run(model: Any, data: Data, by: str, against: str, batch_size: int, names: 
         value = torch.einsum("bpm,bm->bp", found.value[:, 0], toward)
         part_names, value = _with_constant(found.names, value, constant)
         total = torch.einsum("bm,bm->b", stream, toward) + constant
-        seen = sum(len(one) for one in totals)
         if not bool(torch.isfinite(total).all()):
-            bad = [names[seen + int(i)] for i in (~torch.isfinite(total)).nonzero()[:5, 0]]
+            bad = [names[rows[int(i)]] for i in (~torch.isfinite(total)).nonzero()[:5, 0]]
             raise NotFiniteError(f"logits must be finite; got NaN or infinity in episodes {', '.join(bad)}. Use float32 or bfloat16.")
-        parts.append((part_names, value.cpu()))
-        totals.append(total.cpu().double().numpy())
-        if sources is not None:
-            splits.append(sources.toward(toward))
-            kinds |= set(present([sources.masks]))
-    every = order([name for some, _ in parts for name in some])
-    values = torch.cat([aligned(some, every, value, 1) for some, value in parts]).double().numpy()
+        split = sources.toward(toward) if sources is not None else {}
+        return part_names, value.cpu(), total.cpu().double().numpy(), split, present([sources.masks]) if sources is not None else []
+
+    bar = progress_bar(None, total=len(data), what=what, show=progress)
+    done = list(each_batch(model, data, batch_size, work, done=bar.update))
+    bar.close()
+    every = order([name for some, *_ in done for name in some])
+    values = torch.cat([aligned(some, every, value, 1) for some, value, *_ in done]).double().numpy()
+    kinds = {kind for *_, some in done for kind in some}
     spans = tuple(kind for kind in KINDS if kind in kinds)
     if by == "span":
-        values = _by_span(values, every, spans, splits)
-    return _Found(tuple(every), spans, values, np.concatenate(totals))
+        values = _by_span(values, every, spans, [split for *_, split, _ in done])
+    return _Found(tuple(every), spans, values, np.concatenate([total for _, _, total, *_ in done]))
 
 
 def _with_constant(names: tuple[str, ...], value: Tensor, constant: Tensor) -> tuple[tuple[str, ...], Tensor]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mechicl.analysis.ablation.matched import matched_draws
-from mechicl.analysis.feed import batches, check_data, ids_of, progress_bar, provenance, rehearse
-from mechicl.analysis.guarded import guarded
+from mechicl.analysis.feed import check_data, ids_of, progress_bar, provenance, rehearse
+from mechicl.analysis.guarded import each_batch, guarded
 from mechicl.analysis.labels import predict
 from mechicl.analysis.readout.function_vectors import reader, shuffle
 from mechicl.analysis.statistics import mean_estimate, paired_change, permutation_p, wilson
@@ -88,8 +88,12 @@ def add_function_vector(
     effects: list[VectorEffect] = []
     baseline = {}
     bar = progress_bar(None, total=len(prompts) * len(episodes), what="adding the vector", show=progress)
+
+    def add(batch: Batch, _: range) -> tuple[np.ndarray, np.ndarray]:
+        return _added(model, batch, scale * bundle, where, seed, bar)
+
     for name in dict.fromkeys(prompts):
-        found = [_added(model, batch, scale * bundle, where, seed, bar) for batch in batches(model, made[name](), batch_size)]
+        found = list(each_batch(model, made[name](), batch_size, add))
         probability, correct = (np.concatenate([part[k] for part in found], -1) for k in (0, 1))
         baseline[name] = (mean_estimate(probability[0], unit="probability", seed=seed), wilson(correct[0]))
         for i, layer in enumerate(where):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mechicl.analysis.ablation.switches import switchable, z_name
-from mechicl.analysis.feed import batches, check_data, ids_of, progress_bar, provenance, rehearse
+from mechicl.analysis.feed import check_data, ids_of, progress_bar, provenance, rehearse
 from mechicl.analysis.gradients.backward import values
-from mechicl.analysis.guarded import guarded
+from mechicl.analysis.guarded import each_batch, guarded
 from mechicl.analysis.statistics import bootstrap_interval, gain_p, holm
 from mechicl.errors import EpisodeError, OptionError
 from mechicl.models import streams
@@ -80,12 +80,13 @@ def function_vector_scores(
     shape = (model.cfg.n_layers, model.cfg.n_heads)
     gains = np.full((2, len(episodes), *shape), np.nan)
     bar = progress_bar(None, total=len(episodes), what="function-vector scores", show=progress)
-    seen = 0
-    for batch in batches(model, shuffled, batch_size):
-        rows = slice(seen, seen + batch.n)
-        gains[:, rows] = _gains(model, batch, [{layer: m[rows] for layer, m in one.items()} for one in means], shape)
-        seen += batch.n
-        bar.update(batch.n)
+
+    def work(batch: Batch, rows: range) -> tuple[range, np.ndarray]:
+        own = [{layer: m[rows.start : rows.stop] for layer, m in one.items()} for one in means]
+        return rows, _gains(model, batch, own, shape)
+
+    for rows, found in each_batch(model, shuffled, batch_size, work, done=bar.update):
+        gains[:, rows.start : rows.stop] = found
     bar.close()
     effect, null = gains
     p, bound = gain_p(effect - null)
@@ -110,13 +111,14 @@ def _enough(others: Sequence[Episode], given: bool) -> None:
 @torch.no_grad()
 def last_outputs(model: Any, data: Sequence[Episode] | Batch, batch_size: int) -> dict[int, Tensor]:
     """Every head's output at the last prompt token, layer -> [n, head, d_head], float32 on the CPU."""
-    found: dict[int, list[Tensor]] = {layer: [] for layer in switchable(model)}
-    for batch in batches(model, data, batch_size):
-        kept, _ = values(model, batch, [z_name(layer) for layer in found], lambda x: x)
-        for layer, some in found.items():
-            z = kept[z_name(layer)]
-            some.append(z[torch.arange(batch.n), batch.query_pos.to(z.device)].float().cpu())
-    return {layer: torch.cat(some) for layer, some in found.items()}
+    layers = switchable(model)
+
+    def work(batch: Batch, _: range) -> dict[int, Tensor]:
+        kept, _ = values(model, batch, [z_name(layer) for layer in layers], lambda x: x)
+        return {layer: (z := kept[z_name(layer)])[torch.arange(batch.n), batch.query_pos.to(z.device)].float().cpu() for layer in layers}
+
+    found = list(each_batch(model, data, batch_size, work))
+    return {layer: torch.cat([one[layer] for one in found]) for layer in layers}
 
 
 def _left_out(outputs: Means, n: int, *, own: bool) -> dict[int, Tensor]:

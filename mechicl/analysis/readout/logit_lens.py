@@ -9,6 +9,7 @@ token says how far that token's stream points to the label, not that the model r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -16,8 +17,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechicl.analysis.feed import Data, batches, check_data, ids_of, progress_bar, provenance, rehearse, take
-from mechicl.analysis.guarded import guarded
+from mechicl.analysis.feed import Data, check_data, ids_of, progress_bar, provenance, rehearse, take
+from mechicl.analysis.guarded import each_batch, guarded
 from mechicl.analysis.kinds import KINDS, chosen_kinds, kind_masks, present
 from mechicl.analysis.prompts import prompt_view
 from mechicl.analysis.readout.direct_logits import comparable_labels
@@ -165,13 +166,10 @@ def _run(
     progress: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str], float]:
     """Values [batch, label, layer, span] as if each candidate were right; which candidates exist; the answers; the spans; the residue."""
-    head, residue = Unembedding(model), 0.0
+    head = Unembedding(model)
     wanted: list[str] = list(KINDS) if spans is None else chosen_kinds(spans, KINDS)
-    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    there: set[str] = set()
-    for batch in progress_bar(
-        batches(model, data, batch_size), total=-(-len(data) // batch_size), what="reading the stream", show=progress
-    ):
+
+    def work(batch: Batch, rows: range) -> _Read:
         masks = kind_masks(batch, sink="sink" in wanted and spans is not None)
         reader = _Reader(head, batch, torch.stack([masks[kind] for kind in wanted], 1), of)
         points = [(_point(layer), reader.at(layer)) for layer in layers]
@@ -179,20 +177,36 @@ def _run(
         head.check(reader.last, logits)
         theirs = logits.float().gather(1, reader.tokens.to(logits.device))
         mine = head.capped(head.logits(reader.last[:, None], reader.tokens)[:, 0])
-        residue = max(residue, float((theirs - mine).abs().max()))
         bad = reader.bad | ~torch.isfinite(theirs).all(1).cpu()
         if bool(bad.any()):
-            seen = sum(len(one[0]) for one in found)
-            who = ", ".join(names[seen + int(i)] for i in bad.nonzero()[:5, 0])
+            who = ", ".join(names[rows[int(i)]] for i in bad.nonzero()[:5, 0])
             raise NotFiniteError(f"logits must be finite; got NaN or infinity in episodes {who}. Use float32 or bfloat16.")
-        there |= set(present([masks]))
-        values = torch.stack([reader.values[layer] for layer in layers], 2)
-        found.append((values.double().numpy(), reader.known.numpy(), np.array(batch.answers)))
+        values = torch.stack([reader.values[layer] for layer in layers], 2).double().numpy()
+        return _Read(values, reader.known.numpy(), np.array(batch.answers), set(present([masks])), float((theirs - mine).abs().max()))
+
+    bar = progress_bar(None, total=len(data), what="reading the stream", show=progress)
+    found = list(each_batch(model, data, batch_size, work, done=bar.update))
+    bar.close()
+    there = {kind for one in found for kind in one.kinds}
     kinds = [kind for kind in wanted if kind in there] if spans is None else chosen_kinds(wanted, [k for k in KINDS if k in there])
-    width, columns = max(one[0].shape[1] for one in found), [wanted.index(kind) for kind in kinds]
-    values = np.concatenate([np.pad(v, ((0, 0), (0, width - v.shape[1]), (0, 0), (0, 0)), constant_values=np.nan) for v, _, _ in found])
-    known = np.concatenate([np.pad(k, ((0, 0), (0, width - k.shape[1]))) for _, k, _ in found])
-    return values[..., columns], known, np.concatenate([one[2] for one in found]), kinds, residue
+    width, columns = max(one.values.shape[1] for one in found), [wanted.index(kind) for kind in kinds]
+    pads = [(0, width - one.values.shape[1]) for one in found]
+    values = np.concatenate(
+        [np.pad(one.values, ((0, 0), pad, (0, 0), (0, 0)), constant_values=np.nan) for one, pad in zip(found, pads, strict=True)]
+    )
+    known = np.concatenate([np.pad(one.known, ((0, 0), pad)) for one, pad in zip(found, pads, strict=True)])
+    return values[..., columns], known, np.concatenate([one.answers for one in found]), kinds, max(one.residue for one in found)
+
+
+@dataclass(frozen=True, eq=False)
+class _Read:
+    """One batch: `values` [batch, label, layer, span], `known` [batch, label], `answers` [batch]; which kinds of tokens its prompts have; its residue."""
+
+    values: np.ndarray
+    known: np.ndarray
+    answers: np.ndarray
+    kinds: set[str]
+    residue: float
 
 
 def _point(layer: int) -> str:

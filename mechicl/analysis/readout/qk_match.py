@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechicl.analysis.feed import Data, batches, progress_bar
+from mechicl.analysis.feed import Data, progress_bar
+from mechicl.analysis.guarded import each_batch
 from mechicl.analysis.layout import closing_group, count_shots, image_group, label_group, layout, text_group
 from mechicl.analysis.readout.head_reading import HeadReading, attention_scale
 from mechicl.analysis.readout.sources import Reads
@@ -98,12 +99,8 @@ def matches(
     """The table of every head; the largest gap between its scores and those of the model's own attention; heads that may not read some of the keys."""
     layers = sorted({layer for layer, _ in heads})
     n_shots = count_shots(data) if isinstance(data, Batch) else max(len(episode.shots) for episode in data)
-    found: dict[Head, list[_Vectors]] = {head: [] for head in heads}
-    where: list[Keyed] = []
-    gap, unread = 0.0, list[Head]()
-    for batch in progress_bar(
-        batches(model, data, batch_size), total=-(-len(data) // batch_size), what="taking scores apart", show=progress
-    ):
+
+    def work(batch: Batch, _: range) -> tuple[Keyed, dict[Head, _Vectors], float, list[Head]]:
         keyed = Keyed.of(batch, n_shots, keys)
         if not bool(keyed.right.any(1).all()):
             raise EmptySpanError(
@@ -120,16 +117,18 @@ def matches(
                 model.attention_rows(batch, keyed.positions, layers=reads.layers, reduce=reads.keep)
                 reads.into(written)
                 rows = reads.rows
-        for layer, head in heads:
-            one = _vectors(model, (layer, head), written, keyed)
-            found[layer, head].append(one)
-            pattern = at(rows[layer][:, head], keyed.positions).cpu()
-            gap = max(gap, _against_pattern(pattern, one.tokens, keyed))
-            if _masked(pattern, one.tokens, keyed) and (layer, head) not in unread:
-                unread.append((layer, head))
-        where.append(keyed)
-    right, known = torch.cat([one.right for one in where]), torch.cat([one.known for one in where])
-    return {head: _table(head, keys, found[head], right, known, most, seed) for head in heads}, gap, unread
+        vectors = {head: _vectors(model, head, written, keyed) for head in heads}
+        patterns = {head: at(rows[head[0]][:, head[1]], keyed.positions).cpu() for head in heads}
+        gap = max(_against_pattern(patterns[head], vectors[head].tokens, keyed) for head in heads)
+        return keyed, vectors, gap, [head for head in heads if _masked(patterns[head], vectors[head].tokens, keyed)]
+
+    bar = progress_bar(None, total=len(data), what="taking scores apart", show=progress)
+    found = list(each_batch(model, data, batch_size, work, done=bar.update))
+    bar.close()
+    right, known = torch.cat([one.right for one, *_ in found]), torch.cat([one.known for one, *_ in found])
+    tables = {head: _table(head, keys, [vectors[head] for _, vectors, *_ in found], right, known, most, seed) for head in heads}
+    unread = list(dict.fromkeys(head for *_, some in found for head in some))
+    return tables, max(gap for *_, gap, _ in found), unread
 
 
 def _vectors(model: Any, head: Head, written: Written, keyed: Keyed) -> _Vectors:
