@@ -10,6 +10,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores; threads of notebooks and commands would spin in each other's way
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

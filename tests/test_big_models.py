@@ -198,14 +198,13 @@ def test_packed_weights_are_read_as_the_layer_applies_them(episodes: list[Any]) 
     assert mechicl.score_heads(model, episodes, scores=("induction",), n_null=39, **QUIET).n == 4
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_bitsandbytes_in_8_bits_on_this_machine(plain: Any, episodes: list[Any]) -> None:
     pytest.importorskip("bitsandbytes")
     model = load("demo", quantize="8bit", check=False)
     linear = model.anatomy.layers[1].o_proj
     assert linear.weight.dtype == torch.int8
     off = (model.blocks[1].attn.W_O - plain.blocks[1].attn.W_O).abs().max() / plain.blocks[1].attn.W_O.abs().max()
-    assert float(off) < 0.02  # one step of 127, and half precision
+    assert float(off.detach()) < 0.02  # one step of 127, and half precision
     found, expected = (mechicl.icl_accuracy(m, episodes, zero_shot=False, **QUIET).margins for m in (model, plain))
     assert np.abs(found - expected).max() < 0.5 * np.abs(expected).max()
 

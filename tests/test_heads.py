@@ -99,6 +99,22 @@ def test_shuffled_labels_give_p_values_that_are_right() -> None:
     assert (p < 0.05).mean() > 0.3  # the plain test finds what is there
 
 
+def test_a_head_that_reads_all_labels_alike_is_no_better_than_any_shuffle() -> None:
+    """Every shuffle ties with what was observed, up to rounding, and ties count against the head: p is 1, not its least value."""
+    right = torch.rand(24, 6, generator=torch.Generator().manual_seed(0)).argsort(-1) < 2
+    weights = right.float() / 2 - (~right).float() / 4
+    mass = torch.tensor([0.1, 1 / 6, 0.0])[None, :, None].expand(24, 3, 6).contiguous()
+    known = torch.ones_like(right)
+
+    def draw(n: int, g: torch.Generator) -> Tensor:
+        drawn = shuffles(right.long(), known, n, g).bool()
+        return drawn.float() / 2 - (~drawn).float() / 4
+
+    mean, _, p = shuffled_null(mass, right, weights, draw, n_draws=99, seed=0)
+    np.testing.assert_array_equal(p, 1.0)
+    np.testing.assert_allclose(mean, 0.0, atol=1e-6)
+
+
 def test_shuffling_keeps_what_is_not_eligible_and_the_number_of_each_value() -> None:
     values = torch.tensor([[5, 7, 7, -1], [1, -1, 2, 3]])
     eligible = values >= 0

@@ -15,7 +15,7 @@ from test_sweep import SPEC, begun, run, start, wait_for
 
 from mechicl.errors import OptionError
 
-slow = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's own
+slow = pytest.mark.slow
 SLOWLY: dict[str, Any] = {"seeds": 4, "set": {"wait": 1.0}, "grid": {"K": [64, 128]}, "group": False}
 
 
@@ -25,7 +25,6 @@ def test_without_ray_the_option_is_refused_and_the_way_out_named(tmp_path: Path,
         run(SPEC, tmp_path, ray_address="local")
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nowhere:port"])
 def test_an_address_without_a_cluster_is_refused_at_once(tmp_path: Path, address: str) -> None:
     pytest.importorskip("ray")
