@@ -109,22 +109,22 @@ def test_refusals(model: Any, episodes: list[Any], monkeypatch: pytest.MonkeyPat
         hire("demo", workers=1)
 
 
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two nodes; cores here are slots, not processors."""
+    pytest.importorskip("ray")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    made.add_node(num_cpus=2)
+    yield made
+    made.shutdown()
+
+
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 class TestOnRay:
     """python -m pytest tests/test_spread.py -m slow"""
-
-    @pytest.fixture(scope="class")
-    def cluster(self) -> Iterator[Any]:
-        """Two nodes; cores here are slots, not processors."""
-        pytest.importorskip("ray")
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        from ray.cluster_utils import Cluster
-
-        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-        made.add_node(num_cpus=2)
-        yield made
-        made.shutdown()
 
     def test_one_two_and_three_workers_agree_bit_for_bit(self, cluster: Any, episodes: list[Any]) -> None:
         found = [
@@ -141,7 +141,8 @@ class TestOnRay:
             import psutil
 
             wait_for(lambda: shards(tmp_path / "out") >= 1)
-            workers = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0].startswith("ray::Worker")]
+            ours = psutil.Process().children(recursive=True)  # the cluster's; another's on this machine are left alone
+            workers = [p for p in ours if (p.cmdline() or [""])[0].startswith("ray::Worker")]
             os.kill(workers[0].pid, signal.SIGKILL)
             killed.append(workers[0].pid)
 
