@@ -26,11 +26,15 @@ from mechicl.training.tokenizer import build_tokenizer, token_id
 recipes = pytest.mark.parametrize("family", RECIPES)
 
 
-def episodes() -> list[Episode]:
-    """Two prompts of different length: three pictures and one."""
+CODED = ("chameleon", "emu3")
+"""Codes of pictures need not change with a few pixels: tests/test_coded_pictures.py."""
+
+
+def episodes(family: str = "") -> list[Episode]:
+    """Two prompts of different length: three pictures and one; of one size where pictures of several are refused."""
     from PIL import Image
 
-    a, b, c = (Image.fromarray(noise(size, k)) for k, size in enumerate(SIZES))
+    a, b, c = (Image.fromarray(noise(SIZES[0] if family == "emu3" else size, k)) for k, size in enumerate(SIZES))
     shots = (Shot("dax", (a,)), Shot("kimo tepa", (b,)))
     query = Shot("dax", (c,))
     return [Episode(shots, query, ("dax", "kimo tepa")), Episode((), query, ("dax", "kimo tepa"))]
@@ -63,24 +67,26 @@ def test_labels_decode_to_themselves_and_the_model_takes_what_the_processor_give
     model, processor = build_whole(family)
     renderer = Renderer(processor, model.config)
     hooked = HookedVLM(model, processor)  # its load-time check goes through the processor too
-    batch = renderer.render(episodes())
+    batch = renderer.render(episodes(family))
     found = [span for span in batch.spans[0] if span.role == "label"]
     decoded = [renderer.tokenizer.decode(batch.inputs["input_ids"][0, s.start : s.stop].tolist()).strip() for s in found]
     assert decoded == ["dax", "kimo tepa"]
     for row in range(2):
         spans = sorted(batch.spans[row], key=lambda s: s.start)
         assert [s.start for s in spans[1:]] == [s.stop for s in spans[:-1]]  # every position has one role
-    alone = renderer.render(episodes()[1:])
+    alone = renderer.render(episodes(family)[1:])
     if FAMILIES.get(family, Family()).padding:
         with pytest.raises(OptionError, match="batch_size=1"):  # rather than logits that padding has moved
             hooked(batch)
         return
     with torch.no_grad():
         together, single = hooked(batch), hooked(alone)
-    assert float((together[1] - single[0]).abs().max()) <= 1e-4 * float(single.abs().max())  # left padding changes nothing
+    may = single[0] > -1e30  # Chameleon may not say a code: its logit is the smallest number there is
+    off = (together[1] - single[0])[may.expand_as(together[1])].abs().max()
+    assert float(off) <= 1e-4 * float(single[0][may].abs().max())  # left padding changes nothing
 
 
-@recipes
+@pytest.mark.parametrize("family", [family for family in RECIPES if family not in CODED])
 def test_the_tokens_that_change_are_those_whose_box_holds_the_changed_pixels(family: str) -> None:
     model, processor = without_mixing(family)
     if family not in GEOMETRY:  # no boxes rather than wrong ones

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mechicl.errors import OptionError
 from mechicl.models.families import image_token_id
-from mechicl.prompts.calling import BEFORE_EVERYTHING, named
+from mechicl.prompts.calling import BEFORE_EVERYTHING, arranged, asked, named
 
 N_TOKENS = 13
 """Length of the text probe; a prime, so that it is not mistaken for a number of heads."""
@@ -62,8 +62,10 @@ def picture_probe(
         prompts = [f"{getattr(processor, 'image_token', '<image>')}{text}" for text in texts]
     padding = {"padding": True, "padding_side": padding_side} if len(texts) > 1 else {}
     extra = {} if getattr(processor, "chat_template", None) is None else {"add_special_tokens": False}
-    shown = [[p] * (frames or 1) for p in pictures]
-    return named(processor(text=prompts, images=shown, return_tensors="pt", return_mm_token_type_ids=True, **padding, **extra))
+    shown = arranged(processor, [[p] * (frames or 1) for p in pictures])
+    return named(
+        processor(text=prompts, images=shown, return_tensors="pt", return_mm_token_type_ids=True, **padding, **extra, **asked(processor))
+    )
 
 
 def probe_inputs(hf: Any, processor: Any = None, *, pictures: bool = False) -> dict[str, Any]:

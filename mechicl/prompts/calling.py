@@ -26,6 +26,12 @@ RENAMED: Mapping[str, str] = {"pixel_values_images": "pixel_values"}
 BEFORE_EVERYTHING: Mapping[str, int] = {"InstructBlipProcessor": 1, "InstructBlipVideoProcessor": 4}
 """Processors that put one picture's tokens before each prompt, whatever the text says of pictures, and how many frames they take for one."""
 
+ONE_LIST = ("GotOcr2Processor", "FuyuProcessor")
+"""Processors that take the pictures of all prompts as one list: several to a prompt only this way (GOT-OCR 2 joins nested ones to one stretch of pages)."""
+
+ASKED: Mapping[str, Mapping[str, Any]] = {"ChameleonProcessor": {"return_for_text_completion": True}}
+"""What a processor must be asked for: Chameleon's otherwise ends every prompt with its separator, behind the place where the answer begins."""
+
 Offsets = list[list[dict[str, Any]]]
 
 
@@ -43,13 +49,14 @@ def call(
         "padding_side": "left",
         "return_tensors": "pt",
         "return_text_replacement_offsets": True,
+        **asked(processor),
         **options,
     }
     if "mm_token_type_ids" in getattr(processor, "model_input_names", ()):  # some give it only when asked
         given["return_mm_token_type_ids"] = True
     try:
         with replacements(processor) as heard:
-            out = named(processor(text=list(texts), images=[list(few) for few in pictures] if some else None, **given))
+            out = named(processor(text=list(texts), images=arranged(processor, pictures) if some else None, **given))
     except Exception as error:
         raise RenderError(
             f"the processor must take the episodes; {type(processor).__name__} raised {error}. "
@@ -61,6 +68,23 @@ def call(
     if some and needed is not None and needed not in out:
         raise RenderError(f"the processor must return {needed} for {model_type}; got {sorted(out)}. Update transformers.")
     return out, told if isinstance(told, list) and told else heard or [[] for _ in texts]
+
+
+def arranged(processor: Any, pictures: Sequence[Sequence[Image.Image]]) -> list[Any]:
+    """Pictures as a processor takes them: a list for each prompt, or one list."""
+    if takes_one_list(processor):
+        return [picture for few in pictures for picture in few]
+    return [list(few) for few in pictures]
+
+
+def takes_one_list(processor: Any) -> bool:
+    """Whether a processor takes the pictures of all prompts as one list."""
+    return type(processor).__name__ in ONE_LIST
+
+
+def asked(processor: Any) -> Mapping[str, Any]:
+    """Options that a processor must be given."""
+    return ASKED.get(type(processor).__name__, {})
 
 
 def named(out: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,6 +141,23 @@ def check_company(model_type: str, pictures: Sequence[Sequence[Image.Image]]) ->
         raise RenderError(
             "episodes of mllama must have as many pictures each; got several numbers. Render them apart: tokens before the first picture "
             "attend to the padding pictures, so neighbours would change the logits."
+        )
+
+
+def check_canvas(model_type: str, pictures: Sequence[Sequence[Image.Image]], inputs: Mapping[str, Any]) -> None:
+    """A family whose codes for a picture depend on the size of the batch's largest picture (it pads all to it, and normalises over the padding).
+
+    Raises:
+        RenderError: prompts of one batch differ in that size.
+    """
+    if model_type != "emu3" or not any(pictures):
+        return
+    sizes = iter(inputs["image_sizes"].tolist())
+    canvases = {tuple(max(side) for side in zip(*(next(sizes) for _ in few), strict=True)) for few in pictures if few}
+    if len(canvases) > 1:
+        raise RenderError(
+            f"episodes of emu3 in one batch must have the same largest picture; got {sorted(canvases)} (height, width). Its codes depend on it: "
+            "make all pictures the same size, or pass batch_size=1."
         )
 
 

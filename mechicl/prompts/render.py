@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mechicl.errors import ContextLengthError, ImageError, RenderError
 from mechicl.prompts.batch import Batch, Box
-from mechicl.prompts.calling import call, check_company, check_order
+from mechicl.prompts.calling import call, check_canvas, check_company, check_order
 from mechicl.prompts.episode import Episode
 from mechicl.prompts.patches import Picture, image_boxes
 from mechicl.prompts.spans import QUERY, Span, runs
@@ -95,6 +95,7 @@ class Renderer:
         texts = [one.written for one in laid]
         plain = {"add_special_tokens": False} if self._adds_nothing(texts[0]) else {}
         inputs, offsets = call(self.processor, self.model_type, pictures, texts, **plain)
+        check_canvas(self.model_type, pictures, inputs)
         rendered = [self._assign(*row) for row in zip(laid, offsets, episodes, names, strict=True)]
         candidate_ids = self._candidates(rendered, episodes, names)
         self._check_lengths(rendered, candidate_ids, names)

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from mechicl.errors import RenderError
-from mechicl.prompts.calling import first_words
+from mechicl.prompts.calling import first_words, takes_one_list
 from mechicl.prompts.episode import Episode, Shot
 from mechicl.prompts.spans import NO_SHOT, QUERY, Span
 
@@ -145,7 +145,7 @@ class Template:
     def layout(self, text: str, episode: Episode) -> str:
         """What the processor itself does to a text before it expands pictures (PaliGemma and Mllama put the first token in)."""
         prepare = getattr(self.processor, "prepare_inputs_layout", None)
-        if prepare is None or not episode.images:
+        if prepare is None or not episode.images or takes_one_list(self.processor):
             return text
         return prepare(images=[list(episode.images)], text=[text])[1][0]
 

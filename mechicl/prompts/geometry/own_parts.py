@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from mechicl.prompts.geometry.picture import Boxes, Layout, Picture, cells, length, tiles
+from mechicl.prompts.geometry.own_tokens import lines
+from mechicl.prompts.geometry.picture import Boxes, Layout, Picture, cells, length, middle, resized, tiles
 from mechicl.prompts.geometry.stretched import grid
 
 
@@ -30,10 +31,33 @@ def pages(picture: Picture) -> Boxes:
     return tiles(picture, rows, cols, side) + (cells(picture, picture.whole, side, side) if several else [])
 
 
+def coded(picture: Picture) -> Boxes:
+    """Emu3: stretched to whole codes; image_sizes holds the pixels it was stretched to; a break after each row."""
+    height, width = (int(v) // int(picture.processor.downsample_ratio) for v in picture.inputs["image_sizes"][picture.index])
+    return lines(picture, picture.whole, height, width)
+
+
+def coded_middle(picture: Picture) -> Boxes:
+    """Chameleon: shorter side scaled to a fixed length, then the middle cut out; a square of codes."""
+    images, side = picture.images, math.isqrt(picture.n_tokens)
+    height, width = resized(images, float(picture.width), float(picture.height))
+    crop = (length(images.crop_size, "width"), length(images.crop_size, "height")) if images.do_center_crop else (width, height)
+    return cells(picture, middle(picture.whole, (width, height), crop), side, side)
+
+
+def page(picture: Picture) -> Boxes:
+    """GOT-OCR 2: the whole picture stretched to a square; nothing where it is cut into patches too."""
+    side = math.isqrt(int(picture.processor.num_image_tokens))
+    return cells(picture, picture.whole, side, side)
+
+
 OWN_PARTS: dict[str, Layout] = {
     "inkling2": uncut_squares,
     "dots3_note": grid,
     "gemma4": placed,
     "gemma4_unified": placed,
     "granite_docling": pages,
+    "got_ocr2": page,
+    "emu3": coded,
+    "chameleon": coded_middle,
 }

@@ -68,7 +68,10 @@ def build_processor(family: str) -> Any:
         parts["video_processor"] = getattr(transformers, videos)()
     if recipe.template != "":
         parts["chat_template"] = recipe.template or chatml(recipe.picture)
-    return kind(**parts, **recipe.more)
+    processor = kind(**parts, **recipe.more)
+    for name, value in recipe.after.items():
+        setattr(processor, name, value)
+    return processor
 
 
 def build_whole(family: str, *, seed: int = 0) -> tuple[Any, Any]:

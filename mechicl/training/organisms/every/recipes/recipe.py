@@ -28,6 +28,7 @@ class Recipe:
         config: Further entries of the configuration, by sub-configuration ("" is the whole), from the tokenizer: what its tokens or the processor's sizes decide.
         words: Arguments of the tokenizer, e.g. its first token.
         parts: Makes what else the processor is made of from its tokenizer: a feature extractor, a second tokenizer, a video processor.
+        after: What is set on the processor when it is built.
         template: The chat template; None is ChatML, "" is none, where the processor takes none.
     """
 
@@ -40,4 +41,5 @@ class Recipe:
     config: Callable[[Any], Mapping[str, Mapping[str, Any]]] | None = None
     words: Mapping[str, Any] = field(default_factory=dict)
     parts: Callable[[Any], Mapping[str, Any]] | None = None
+    after: Mapping[str, Any] = field(default_factory=dict)
     template: str | None = None
