@@ -5,7 +5,8 @@ Accuracy is held against the plain model, prompt by prompt and candidate by cand
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 import mechicl
+from mechicl.analysis.guarded import APART
 from mechicl.data.concepts import draw
-from mechicl.errors import HeadIndexError, OptionError, UnsupportedModelError
+from mechicl.errors import HeadIndexError, PaddingError, UnsupportedModelError
 from mechicl.models.families import FAMILIES, Family
 from mechicl.models.vlm import HookedVLM
 from mechicl.prompts.batch import Batch
@@ -157,7 +159,7 @@ def test_cells_and_refusals_follow_each_layers_own_number_of_heads(monkeypatch: 
     options: dict[str, Any] = {"sites": ["z"], "by": "head", "n_permutations": 19, "layers": [0, 1], **QUIET}
     fast, whole = (mechicl.patch(model, pairs, engine=engine, **options).to_frame() for engine in ("resume", "naive"))
     assert np.allclose(fast["raw_mean"], whole["raw_mean"], atol=2e-3, equal_nan=True)
-    there = {(int(row.layer), int(row.head)) for row in fast.itertuples() if np.isfinite(row.raw_mean)}
+    there = {(int(layer), int(head)) for layer, head in fast.loc[np.isfinite(fast["raw_mean"]), ["layer", "head"]].to_numpy()}
     assert there == {(0, h) for h in range(4)} | {(1, h) for h in range(8)}
     monkeypatch.setattr(model.hf, "forward", None)  # a forward pass would fail
     with pytest.raises(HeadIndexError, match="layer 0 has 4 heads"):
@@ -166,11 +168,46 @@ def test_cells_and_refusals_follow_each_layers_own_number_of_heads(monkeypatch: 
         mechicl.patch(model, pairs, sites=["z"], by="head", heads=[(0, 4)], **QUIET)
 
 
-def test_prompts_of_several_lengths_are_refused_where_padding_would_move_the_logits() -> None:
-    model, longer = hooked("minimax_m3_vl"), draw(1, classes=2, shots=2, size=28, seed=0, syllables=(2, 2))
-    with pytest.raises(OptionError, match="batch_size=1"):
-        mechicl.icl_accuracy(model, [*episodes(), *longer], **QUIET)
-    assert mechicl.icl_accuracy(model, [*episodes(), *longer], batch_size=1, **QUIET).n == 3
+def mixed() -> list[Any]:
+    """Prompts of two lengths: short, short, long."""
+    return [*episodes(), *draw(1, classes=2, shots=2, size=28, seed=0, syllables=(2, 2))]
+
+
+def test_a_batch_whose_padding_would_move_the_logits_is_refused_by_the_model() -> None:
+    model = hooked("minimax_m3_vl")
+    with pytest.raises(PaddingError, match="batch_size=1"):
+        model(model.render(mixed()))
+
+
+ANALYSES: dict[str, Callable[..., Any]] = {
+    "accuracy": mechicl.icl_accuracy,
+    "scores": partial(mechicl.score_heads, scores=("previous_token", "induction_label"), n_null=19),
+    "knockouts": partial(mechicl.ablate, heads=[(1, 0), (3, 1)], how="mean", n_random=2, zero_shot=False),
+    "lens": mechicl.logit_lens,
+    "patches": lambda model, episodes, **options: mechicl.patch(
+        model, minimal_pairs(model.renderer, episodes, "swap_labels"), n_permutations=19, layers=[1], **options
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ANALYSES)
+def test_where_padding_would_move_the_logits_an_analysis_goes_on_with_prompts_of_one_length_and_says_so(name: str) -> None:
+    model, run = hooked("minimax_m3_vl"), ANALYSES[name]
+    together, alone, alike = (run(model, data, batch_size=n, **QUIET) for data, n in ((mixed(), 3), (mixed(), 1), (episodes(), 2)))
+    frames = [found.to_frame().select_dtypes("number").to_numpy(dtype=float) for found in (together, alone)]
+    assert np.allclose(*frames, atol=1e-5, equal_nan=True)
+    said = [APART in [*getattr(found, "notes", ()), *found.provenance.options.get("remarks", ())] for found in (together, alone, alike)]
+    assert said == [True, False, False]
+
+
+def test_prompts_of_one_length_still_go_through_together() -> None:
+    model, sizes = hooked("minimax_m3_vl"), []
+    handle = model.hf.register_forward_pre_hook(lambda _, args, given: sizes.append(len(given["input_ids"])), with_kwargs=True)
+    try:
+        mechicl.score_heads(model, mixed(), scores=("previous_token",), n_null=19, batch_size=8, **QUIET)
+    finally:
+        handle.remove()
+    assert sizes == [2, 1]
 
 
 @pytest.mark.parametrize("family", ["hunyuan_vl", "mistral_large4"])

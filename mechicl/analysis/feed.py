@@ -20,13 +20,17 @@ Data = Batch | Sequence[Episode]
 
 
 class Spreads(ABC):
-    """What stands in for a model whose work is spread over several processes (`mechicl.analysis.spread`): the three things that analyses ask of it."""
+    """What stands in for a model whose work is spread over several processes (`mechicl.analysis.spread`): what analyses ask of it."""
 
     cfg: Any
 
     @abstractmethod
     def read(self, data: Data, wanted: Any, *, batch_size: int, progress: bool, names: Sequence[str]) -> list[Any]:
         """As `mechicl.analysis.heads.reading.read_parts`."""
+
+    @abstractmethod
+    def published(self, data: Data, *, batch_size: int, progress: bool) -> Any:
+        """As `mechicl.analysis.heads.published.published_scores`."""
 
     @abstractmethod
     def answer(self, data: Data, *, score: Any, switches: Any, batch_size: int, names: Sequence[str], what: str, progress: bool) -> Any:
@@ -140,6 +144,14 @@ def batches(model: Any, data: Data, size: int, *, least: int = 1) -> Iterator[Ba
             yield data if n_parts == 1 else data.select(rows)
         else:
             yield model.render([data[i] for i in rows])
+
+
+def runs_of_one_length(batch: Batch) -> list[tuple[int, int]]:
+    """[start, stop) of neighbouring prompts of one length, in order."""
+    mask = batch.inputs.get("attention_mask")
+    lengths = [batch.n_pos] * batch.n if mask is None else mask.sum(-1).tolist()
+    starts = [i for i in range(batch.n) if i == 0 or lengths[i] != lengths[i - 1]]
+    return list(zip(starts, [*starts[1:], batch.n], strict=True))
 
 
 def progress_bar(items: Iterable[Any] | None, *, total: int, what: str, show: bool) -> Any:

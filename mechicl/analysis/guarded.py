@@ -5,8 +5,8 @@ batch and no episode is dropped. `each_batch` is the inner one, for loops whose 
 done again, in halves, and later ones stay that small. Both leave a note in the result. An analysis made of guarded ones says their notes as its own;
 `noted` collects them for work that keeps its parts in a folder and cannot begin again with another batch size.
 
-Both do the same for prompts of several lengths in a family whose logits padding moves (`mechicl.models.places`): a batch that was refused is halved until
-each part has one length, or the analysis runs again with one prompt at a time.
+Both do the same for prompts of several lengths in a family whose logits padding moves (`mechicl.models.places`): a batch that was refused is cut into
+neighbours of one length, or the analysis runs again with one prompt at a time.
 
 The first forward pass of every production model is watched (`mechicl.models.guards`): an infinity is an error that names the layer, values near the
 largest number of the dtype are a note.
@@ -27,7 +27,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 
-from mechicl.analysis.feed import Data
+from mechicl.analysis.feed import Data, runs_of_one_length
 from mechicl.errors import NotFiniteError, PaddingError
 from mechicl.models.guards import Watch, watched
 from mechicl.models.resuming.memory import out_of_memory
@@ -83,7 +83,7 @@ def guarded(analysis: Callable[P, R]) -> Callable[P, R]:
                     error.add_note(GAVE_UP)
                     raise
             else:
-                if size != asked:
+                if isinstance(asked, int) and isinstance(size, int) and size != asked:
                     notes.insert(0, memory_note(asked, size))
                 if apart:
                     notes.insert(0, APART)
@@ -125,12 +125,23 @@ def each_batch(
     n = len(data)
     n_parts = max(1, min(-(-n // size), n // least))
     parts = [range(part * n // n_parts, (part + 1) * n // n_parts) for part in range(n_parts)]
-    return each_part(parts, lambda rows: work(_batch(model, data, rows), rows), least=least, done=done)
+
+    def alike(rows: range) -> list[range]:
+        return [range(rows.start + a, rows.start + b) for a, b in runs_of_one_length(_batch(model, data, rows))]
+
+    return each_part(parts, lambda rows: work(_batch(model, data, rows), rows), least=least, done=done, alike=alike)
 
 
-def each_part(parts: Iterable[Rows], work: Callable[[Rows], T], *, least: int = 1, done: Callable[[int], Any] | None = None) -> Iterator[T]:
+def each_part(
+    parts: Iterable[Rows],
+    work: Callable[[Rows], T],
+    *,
+    least: int = 1,
+    done: Callable[[int], Any] | None = None,
+    alike: Callable[[Rows], list[Rows]] | None = None,
+) -> Iterator[T]:
     """`each_batch` for work that makes its prompts itself: what `work` makes of each part, a slice of rows (or of what stands for them), halved where memory
-    runs out.
+    runs out. `alike` cuts a part into prompts of one length, where padding is refused; default in halves.
     """
     queue, most = list(parts), sys.maxsize
     while queue:
@@ -144,7 +155,8 @@ def each_part(parts: Iterable[Rows], work: Callable[[Rows], T], *, least: int = 
             if len(rows) < 2 * least:
                 raise
             say(APART)
-            queue[:0] = _halves(rows)  # refused before the model ran; halves of one length go through whole
+            cut = alike(rows) if alike is not None else []
+            queue[:0] = cut if len(cut) > 1 else _halves(rows)  # of one length in the prompts, but not in what the work made of them
             continue
         except (RuntimeError, MemoryError) as error:
             if len(rows) < 2 * least or not out_of_memory(error):
