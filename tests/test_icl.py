@@ -132,6 +132,8 @@ def test_a_label_that_begins_another_is_left_out_and_named() -> None:
     assert found.n == 3
     assert [s.episode for s in found.skipped] == ["nested"]
     assert "'l1' is the beginning of 'l1 l2'" in found.skipped[0].reason
+    assert found.zero_shot is not None
+    assert found.zero_shot.n == 3  # the control is of the same episodes
     with pytest.raises(EpisodeError, match="told apart by their tokens"):
         icl_accuracy(untrained(), [nested], progress=False)
     assert icl_accuracy(untrained(), [nested], score="first_token", progress=False).n == 1
