@@ -28,7 +28,8 @@ class Family:
         needs_picture: Its forward cannot run on words alone.
         deepstack: Image features reach later layers by another way too (added after the first layers, read again by every layer), so that
             replacing the image embeddings alone leaves the picture visible.
-        padding: Why left padding moves this family's own logits and nothing can be done: padded batches are refused. Empty where it does not.
+        padding: Why left padding moves this family's own logits and nothing can be done: padded batches are refused, and analyses run prompts of one length
+            together. Empty where it does not.
         positions: Where its own positions depend on the rest of a batch, what is given instead: "mask" counts from each prompt's first token (its own
             count the padding, and are read as numbers, not only as distances); "prompt" asks the family prompt by prompt (its own number the pictures of
             the whole batch). See `mechicl.models.places`.

@@ -97,7 +97,7 @@ def notes(model: Any) -> list[str]:
         "pictures also reach later layers past `hook_image_features`": model.family.deepstack,
         "its own positions depend on the rest of a batch: mechicl gives others": bool(model.family.positions),
         "its forward needs a picture": model.family.needs_picture,
-        f"prompts of several lengths are refused in one batch ({model.family.padding})": bool(model.family.padding),
+        f"no padding: prompts of one length to a batch ({model.family.padding})": bool(model.family.padding),
     }
     return found + [text for text, holds in tests.items() if holds]
 

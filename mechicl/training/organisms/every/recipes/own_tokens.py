@@ -3,22 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
+from mechicl.training.organisms.every.recipes.own_parts import hearing
 from mechicl.training.organisms.every.recipes.recipe import Recipe
 from mechicl.training.organisms.every.shrink import PATCH, SIDE
-
-
-def _listener(name: str) -> Any:
-    """Makes the feature extractor of sounds that a processor asks for."""
-
-    def parts(tokenizer: Any) -> Mapping[str, Any]:
-        import transformers
-
-        return {"feature_extractor": getattr(transformers, name)()}
-
-    return parts
-
 
 NEAR = 2
 """Bilinear resampling in place of Lanczos', whose pixels spread over so much of a tiny picture that no box could be told from its neighbour's."""
@@ -36,11 +24,11 @@ RECIPES: Mapping[str, Recipe] = {
     "muse_glimmer": Recipe("<|patch|>", extra=_MUSE_WORDS, images=_MUSE_PIXELS, ids=_MUSE_IDS),
     "muse_spark": Recipe(
         "<|patch|>", extra=(*_MUSE_WORDS, "<|audio|>", "<|soft_audio_start|>", "<|soft_audio_end|>"), images=_MUSE_PIXELS, ids={**_MUSE_IDS, "audio_token_id": "<|audio|>"},
-        parts=_listener("MuseSparkFeatureExtractor"),
+        parts=hearing("MuseSparkFeatureExtractor"),
     ),
     "inkling_mm_model": Recipe(
         "<|content_image|><|unused_200054|>", extra=("<|unused_200054|>", "<|unused_200053|>", "<|content_image|>", "<|content_audio_input|>"),
-        images={"size": {"height": PATCH, "width": PATCH}, "rescale_image_frac": 0.25, "resample": NEAR}, parts=_listener("InklingFeatureExtractor"),
+        images={"size": {"height": PATCH, "width": PATCH}, "rescale_image_frac": 0.25, "resample": NEAR}, parts=hearing("InklingFeatureExtractor"),
         ids={"image_token_id": "<|unused_200054|>", "audio_token_id": "<|unused_200053|>", "image_bos_token_id": "<|content_image|>", "audio_bos_token_id": "<|content_audio_input|>"},
     ),
     "step3p7": Recipe(
@@ -58,7 +46,7 @@ RECIPES: Mapping[str, Recipe] = {
     ),
     "nemotron_h_omni": Recipe(
         "<image>", {"image_token": "<image>", "video_token": "<video>", "image_start_token": "<img>", "image_end_token": "</img>"}, ("<so_embedding>", "<so_start>", "<so_end>"),
-        images={"patch_size": PATCH, "min_num_patches": 16, "max_num_patches": 64}, parts=_listener("ParakeetFeatureExtractor"),
+        images={"patch_size": PATCH, "min_num_patches": 16, "max_num_patches": 64}, parts=hearing("ParakeetFeatureExtractor"),
         ids={"image_token_id": "<image>", "video_token_id": "<video>", "audio_token_id": "<so_embedding>"},
     ),
     "molmo2": Recipe(
