@@ -18,10 +18,11 @@ from views_samples import prompt
 
 import mechicl
 from mechicl.cli import app
+from mechicl.cli.options import check_folder
 from mechicl.data import concepts
-from mechicl.errors import CheckpointError, MechiclError, OptionError
+from mechicl.errors import CheckpointError, DeviceError, MechiclError, OptionError, OutputPathError
 from mechicl.models.doctor import diagnose
-from mechicl.models.load import check_model
+from mechicl.models.load import check_device, check_model
 from mechicl.models.text import HookedLM
 from mechicl.models.vlm import HookedVLM
 from mechicl.views.plots import plot, plot_pattern
@@ -104,6 +105,49 @@ def test_mistakes_name_what_is_wrong(named: list[str], arguments: list[str], say
     assert result.exit_code == 2
     assert says in said(result)
     assert not named
+
+
+def test_a_new_folder_in_a_new_folder_is_made_where_one_stands_and_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert check_folder(Path("runs/first/one")) == Path("runs/first/one")
+    assert (tmp_path / "runs" / "first").is_dir()
+    assert not (tmp_path / "runs" / "first" / "one").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputPathError, match="file cannot"):
+        check_folder(Path("file/one"))
+    with pytest.raises(OutputPathError, match="existing folder"):
+        check_folder(tmp_path / "drive" / "one")
+
+
+def test_fine_tuning_looks_at_its_folder_and_its_pictures_before_it_loads_a_model(tmp_path: Path, named: list[str]) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    for arguments, says in (
+        (["--out", str(tmp_path / "notes")], "holds other files"),
+        (["--out", str(tmp_path / "run")], "holds a run"),
+        (["--out", str(tmp_path / "new"), "--shots", "500", "--size", "28"], "must have 501 pictures"),
+    ):
+        result = runner.invoke(app, ["adapt", *arguments, "-q"])
+        assert result.exit_code == 2
+        assert says in said(result)
+    assert not named
+    assert not (tmp_path / "new").exists()
+
+
+def test_data_without_pictures_files_for_models_and_devices_that_are_none_say_what_to_give(tmp_path: Path, named: list[str]) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+    result = runner.invoke(app, ["heads", "--task", "own", "--data", str(tmp_path / "photos")])
+    assert result.exit_code == 2
+    assert "Give each class a folder (photos/cat/1.jpg" in said(result)
+    assert not named
+    (tmp_path / "weights.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"is a file\. Name the folder"):
+        check_model(tmp_path / "weights.safetensors")
+    with pytest.raises(DeviceError, match=r"got .gpu.\. Use"):
+        check_device("gpu")
 
 
 @pytest.mark.parametrize("given", [["demo", "./nosuch"], ["demo", "nosuch"], ["--model", "demo", "-m", "./nosuch"]])

@@ -48,17 +48,20 @@ def adapt(
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Fine-tune the decoder on link-context episodes: a new name for a class, beside one that is hard to tell from it."""
-    check_folder(out)
+    folder = check_folder(out)
     if negatives not in ("hard", "random"):
         raise OptionError(f"negatives must be hard or random; got {negatives!r}. random is the control.")
     if general not in (None, "concepts", "digits"):
         raise OptionError(f"general must be concepts or digits; got {general!r}. Leave it out for link-context episodes alone.")
-    from mechicl.data.link_context import PUBLISHED, SHORT, STRATEGIES, link_episodes
+    from mechicl.data.link_context import PUBLISHED, SHORT, STRATEGIES, check_pool, link_episodes
+    from mechicl.training.runs import check_out
 
-    one_of("strategy", strategy, STRATEGIES)  # before a model is loaded and its neighbours are looked for
+    one_of("strategy", strategy, STRATEGIES)  # all this before a model is loaded and its neighbours are looked for
+    check_out(folder or out, resume=resume)
     if strategy == "mix" and general is None:
         general = "concepts"
     train, other = pools(pool, held_out, groups, size, seed)
+    check_pool(train, strategy, shots)
     from mechicl.training.adapting.adapt import adapt as run
 
     words = SHORT if plain else PUBLISHED

@@ -168,10 +168,10 @@ def one_of(name: str, value: str, allowed: Collection[str]) -> None:
 
 
 def check_folder(out: Path | None) -> Path | None:
-    """A folder that files can be written to, or that can be made; nothing is made yet.
+    """A folder that files can be written to, or that can be made; it is not made yet, but what it lies in is (`--out runs/first` in a new folder).
 
     Raises:
-        OutputPathError: it is a file, its parent is missing, or one of them is read-only.
+        OutputPathError: it is a file, an absolute path's parent is missing (a drive that is not there?), or one of them is read-only.
     """
     import os
 
@@ -181,7 +181,14 @@ def check_folder(out: Path | None) -> Path | None:
     if folder.exists() and not folder.is_dir():
         raise OutputPathError(f"out must be a folder; got the file {folder}. Name a folder.")
     if not folder.exists() and not folder.parent.is_dir():
-        raise OutputPathError(f"out must lie in an existing folder; there is no folder {folder.parent}. Create it, or write elsewhere.")
+        if folder.is_absolute():
+            raise OutputPathError(f"out must lie in an existing folder; there is no folder {folder.parent}. Create it, or write elsewhere.")
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputPathError(
+                f"out must lie in a folder that can be made; {folder.parent} cannot ({error.strerror}). Write elsewhere."
+            ) from error
     if not os.access(folder if folder.exists() else folder.parent, os.W_OK):
         raise OutputPathError(f"out must be writable; {folder} is not. Change its permissions, or write elsewhere.")
     return folder

@@ -186,12 +186,15 @@ def link_episodes(
     return found
 
 
-def _checked(pool: Pool, n: int, strategy: str, shots: int, general: Sequence[Episode]) -> Strategy:
+def check_pool(pool: Pool, strategy: str, shots: int) -> Strategy:
+    """The strategy, if the pool has the pictures for it.
+
+    Raises:
+        OptionError: no such strategy, too few pictures of a class, or all classes are called the same.
+    """
     if strategy not in STRATEGIES:
         raise OptionError(f"strategy must be one of {', '.join(STRATEGIES)}; got {strategy!r}. Pick one of them.")
     way = STRATEGIES[strategy]
-    if n < 1:
-        raise OptionError(f"n must be at least 1; got {n}. Ask for more episodes.")
     way.chances(shots)
     need = 1 if way.again else shots + 1
     poor = [one for one in pool.classes if len(one.images) < need]
@@ -201,6 +204,13 @@ def _checked(pool: Pool, n: int, strategy: str, shots: int, general: Sequence[Ep
         )
     if len({one.name for one in pool.classes}) < 2:
         raise OptionError(f"classes must have two different names at least; all are {pool.classes[0].name!r}. Name them.")
+    return way
+
+
+def _checked(pool: Pool, n: int, strategy: str, shots: int, general: Sequence[Episode]) -> Strategy:
+    if n < 1:
+        raise OptionError(f"n must be at least 1; got {n}. Ask for more episodes.")
+    way = check_pool(pool, strategy, shots)
     if way.general != bool(general):
         raise OptionError(
             f"general must be episodes of another task with strategy 'mix', and with no other; got {len(general)} with {strategy!r}. "

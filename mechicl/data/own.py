@@ -97,8 +97,13 @@ def pool_of(report: FoldersReport | TableReport, *, size: int | None = None, max
     """The usable classes of a report.
 
     Raises:
-        OptionError: fewer than two.
+        ImageError: fewer than two.
     """
+    if len(report.classes) < 2:
+        raise ImageError(
+            f"data must hold pictures of two classes at least; got {len(report.classes)} usable. "
+            "Give each class a folder (photos/cat/1.jpg, photos/dog/2.jpg), or a table with a picture and a label a row; mechicl data check says what is wrong."
+        )
     if isinstance(report, TableReport):
         return Pool(tuple(LinkClass(name, files) for name, files in report.classes.items()), size, max_pixels, report.source)
     classes = tuple(LinkClass(name, files, key=key) for key, (name, files) in report.classes.items())

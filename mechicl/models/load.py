@@ -46,7 +46,9 @@ def check_device(device: str) -> torch.device:
     try:
         found = torch.device(device)
     except RuntimeError as error:
-        raise DeviceError(f'device must be "cpu", "cuda", "cuda:1", "mps", ...; got {device!r}. {error}') from error
+        raise DeviceError(
+            f'device must be "cpu", "cuda", "cuda:1", "mps" or another that torch knows; got {device!r}. Use "cpu" or "cuda".'
+        ) from error
     if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):
         raise DeviceError(
             f'device must exist on this machine; got {device!r} with {torch.cuda.device_count()} CUDA devices. Use device="cpu".'
@@ -144,6 +146,8 @@ def _source(name: str | Path, path: Path) -> str:
     if path.is_dir():
         check_folder(path)
         return str(path)
+    if path.is_file():
+        raise CheckpointError(f'model must be "demo", a folder or a hub id; {path} is a file. Name the folder that holds it.')
     if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
         raise CheckpointError(f'model must be "demo", a folder or a hub id; there is no folder {path}. Check the path.')
     return str(name)

@@ -28,6 +28,23 @@ METRICS = "metrics.jsonl"
 AGAIN = "Delete the folder and start again."
 
 
+def check_out(folder: Path, *, resume: bool) -> bool:
+    """Whether the folder holds a run to continue; nothing is made, so that a command can ask before its work.
+
+    Raises:
+        OutputPathError: it holds a run and `resume` is not set, or other files.
+    """
+    if (folder / CONFIG).exists():
+        if not resume:
+            raise OutputPathError(
+                f"out must be an empty folder; {folder} holds a run. Pass resume=True (--resume) to continue it, or choose another folder."
+            )
+        return True
+    if folder.is_dir() and any(other.name != f"{CONFIG}.part" for other in folder.iterdir()):  # that one: killed at the very first write
+        raise OutputPathError(f"out must be an empty folder or a run's folder; {folder} holds other files. Choose another folder.")
+    return False
+
+
 @dataclass(frozen=True)
 class Run:
     """A run folder. `held`: while this object lives, no other process trains in it."""
@@ -56,14 +73,8 @@ class Run:
             ) from error
         run = cls(path)
         wanted = json.loads(json.dumps(config))
-        if (path / CONFIG).exists():
-            if not resume:
-                raise OutputPathError(
-                    f"out must be an empty folder; {path} holds a run. Pass resume=True to continue it, or choose another folder."
-                )
+        if check_out(path, resume=resume):
             compare(read_json(path / CONFIG), wanted, path)
-        elif any(other.name != f"{CONFIG}.part" for other in path.iterdir()):  # that one is a run killed at its very first write
-            raise OutputPathError(f"out must be an empty folder or a run's folder; {path} holds other files. Choose another folder.")
         else:
             write_text(path / CONFIG, json.dumps(wanted, indent=1, sort_keys=True) + "\n")
         return replace(run, held=Hold(path / CONFIG, "training"))
