@@ -56,6 +56,10 @@ RECIPES: Mapping[str, Recipe] = {
              "frame_start_token_id": "<frame_start>", "frame_end_token_id": "<frame_end>"},
         config=lambda tokenizer: {"vision_config": {"patch_size": FINE}},
     ),
+    "idefics2": Recipe(
+        "<image>", {"image_token": "<image>", "image_boundary_token": "<fake_token_around_image>"}, images={"size": {"shortest_edge": SIDE // 2, "longest_edge": SIDE}},
+        more={"image_seq_len": 4}, ids={"image_token_id": "<image>"},
+    ),
     "pp_chart2table": Recipe(
         "<img>" + 4 * "<imgpad>" + "</img>", extra=("<img>", "<imgpad>", "</img>"), images={"size": {"height": 2 * SIDE, "width": 2 * SIDE}}, ids={"image_token_index": "<imgpad>"},
         config=lambda tokenizer: {"vision_config": {"image_size": 2 * SIDE}},

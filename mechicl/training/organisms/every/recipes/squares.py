@@ -58,7 +58,6 @@ RECIPES: Mapping[str, Recipe] = {
 }  # fmt: skip
 
 FAILED: Mapping[str, str] = {
-    "idefics2": "not used: its processor does not tell where it wrote a picture's tokens",
     "shieldgemma2": "not used: its processor writes a safety policy into every prompt, one picture each",
 }
 """Families of this kind whose processor serves no prompt with several pictures, with the reason from its source."""
