@@ -22,11 +22,12 @@ import torch
 from benchmarks.measure import machine, peak_memory, table
 from benchmarks.rows import few_shot
 from mechicl.analysis.ablation.switches import Switches
+from mechicl.analysis.heads.published import published_scores
 from mechicl.analysis.heads.scoring import attention_by_role, score_heads
 from mechicl.analysis.labels import answer
 from mechicl.models.probe import text_probe
 from mechicl.models.vlm import HookedVLM
-from mechicl.studies.huang2026_heads import OURS, published_scores
+from mechicl.studies.huang2026_heads import OURS
 from mechicl.studies.huang2026_sets import plan_sets
 from mechicl.training.organisms import build
 

@@ -13,6 +13,7 @@ import torch
 
 import mechicl
 from mechicl.analysis.guarded import GAVE_UP, each_batch, guarded, noted, say
+from mechicl.analysis.heads.published import published_scores
 from mechicl.analysis.margin.causal import move_margin
 from mechicl.analysis.margin.contrast_pairs import contrast_pairs
 from mechicl.data import concepts
@@ -20,7 +21,6 @@ from mechicl.errors import NotFiniteError
 from mechicl.models.planted import planted_induction
 from mechicl.models.toys.prompts import toy_episodes
 from mechicl.prompts.corrupt import minimal_pairs
-from mechicl.studies.huang2026_heads import published_scores
 
 N = 4
 

@@ -7,13 +7,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import mechicl
 from mechicl.analysis.guarded import MARK, guarded
+from mechicl.analysis.spread.job import hire
 from mechicl.models.planted import planted_induction
 from mechicl.models.toys.prompts import toy_episodes
+from mechicl.studies.huang2026_heads import rank_heads
+from mechicl.studies.huang2026_knockouts import knock_out
+from mechicl.studies.huang2026_sets import plan_sets
 
 MODELS = {"model", "models", "model_a", "base", "source", "name"}
 """What a model, models or the names of some are called in signatures."""
@@ -100,3 +105,24 @@ def test_analyses_made_of_others_go_on_with_fewer_prompts_and_say_so(name: str, 
         assert (
             first.fillna(-1) - second.fillna(-1)
         ).abs().to_numpy().max() < 1e-3  # prompts of one length: float32 sums of other numbers of rows
+
+
+def test_a_study_of_a_crew_goes_on_with_fewer_prompts_and_its_tables_say_so(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = toy_episodes(16, classes=2, shots=2)
+
+    def study() -> tuple[Any, Any]:
+        with hire(toy, workers=0, shard=8) as crew:
+            heads = rank_heads(crew, data[:8], n_null=9, batch_size=8, progress=False)
+            rankings: dict[str, Any] = {"IH": ("published", "", heads.top("ih_published", 6))}
+            plan = plan_sets(toy, rankings, top=1, n_random=1, dose=(), dose_draws=0, seed=0)
+            return heads, knock_out(crew, data[8:], plan, batch_size=8, progress=False)[0]
+
+    plenty = study()
+    with small(monkeypatch, toy, 2):
+        scarce = study()
+    for found, whole in zip(scarce, plenty, strict=True):
+        assert any("Memory ran out at" in note for note in found.notes)
+        assert not any("Memory" in note for note in whole.notes)
+    np.testing.assert_allclose(scarce[0]["ih_published"].per_episode, plenty[0]["ih_published"].per_episode, atol=2e-6)
+    assert scarce[1].to_frame().equals(plenty[1].to_frame())
+    assert plenty[1]["intact"].whole.value > plenty[1]["top 1 IH"].whole.value  # there was something to see

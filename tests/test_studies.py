@@ -22,6 +22,7 @@ from mechicl.models.adapters import trainable
 from mechicl.prompts.episode import Episode
 from mechicl.results import Estimate, ProtocolStudy
 from mechicl.studies import huang2026
+from mechicl.studies.crew import SHARDS
 from mechicl.studies.huang2026 import Options, fitted, preview_study, run, study_episodes
 from mechicl.studies.huang2026_tuning import TuningOptions
 from mechicl.studies.keep import PARTS, Memory, StudyFolder, pack, unpack
@@ -30,6 +31,8 @@ from mechicl.views.protocol_page import render_protocol_page
 
 SMALL: dict[str, Any] = {"rank": 4, "episodes": 12, "top": 1, "n_random": 2, "dose_draws": 1, "skip": ("lora", "dose", "ours")}
 """A study of seconds."""
+SIZE = 2
+"""Prompts of a pass and episodes of a shard, so that every part has several."""
 
 
 @pytest.fixture(scope="module")
@@ -41,34 +44,74 @@ def model() -> Any:
 def study(model: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[ProtocolStudy, Path]:
     """A study that nothing interrupted, and its folder."""
     out = tmp_path_factory.mktemp("whole") / "study"
-    return run(model, None, out, batch_size=4, progress=False, **SMALL), out
+    return run(model, None, out, batch_size=SIZE, progress=False, **SMALL), out
 
 
 def command(out: Path) -> list[str]:
-    words = "study huang2026 --rank 4 --episodes 12 --top 1 --random 2 --dose-random 1 --skip lora --skip dose --skip ours --batch-size 4 --quiet"
+    words = "study huang2026 --rank 4 --episodes 12 --top 1 --random 2 --dose-random 1 --skip lora --skip dose --skip ours --batch-size 2 --quiet"
     return [*words.split(), "--device", "cpu", "--out", str(out)]
 
 
-def test_a_killed_study_goes_on_and_says_what_an_uninterrupted_one_says(study: tuple[ProtocolStudy, Path], tmp_path: Path) -> None:
+def test_a_study_killed_within_a_part_goes_on_there_and_says_what_an_uninterrupted_one_says(
+    study: tuple[ProtocolStudy, Path], model: Any, tmp_path: Path
+) -> None:
     whole, folder = study
-    out, lines = tmp_path / "killed", tmp_path / "killed" / StudyFolder.lines
-    code = f"from mechicl.studies.huang2026 import run; run('demo', None, {str(out)!r}, device='cpu', batch_size=4, progress=False, **{SMALL!r})"
+    out, lines = tmp_path / "killed", tmp_path / "killed" / SHARDS / "shards.jsonl"
+    every = (folder / SHARDS / "shards.jsonl").read_bytes().count(b"\n")
+    ranking = 3 * SMALL["rank"] // SIZE  # our scores, the published ones, attention by role
+    killed_at(out, lines, 1)
+    assert not (out / PARTS / "heads.json").exists()  # in the middle of the ranking
+    kept = lines.read_bytes()
+    killed_at(out, lines, ranking + 2)
+    assert lines.read_bytes().startswith(kept)
+    assert (out / PARTS / "roles.json").exists()
+    assert not (out / PARTS / "knock_outs.json").exists()  # in the middle of the knock-outs
+    kept = lines.read_bytes()
+    assert kept.count(b"\n") < every
+    lines.write_bytes(kept + b'{"job": "4", "shard":')  # and a line that the crash cut off
+    again = run(model, None, out, batch_size=SIZE, progress=False, **SMALL)
+    assert lines.read_bytes().startswith(kept)
+    assert lines.read_bytes().count(b"\n") == every  # nothing was done twice
+    assert (out / "study.csv").read_bytes() == (folder / "study.csv").read_bytes()
+    assert again.knock_outs.to_frame().equals(whole.knock_outs.to_frame())
+    for name, score in whole.heads.scores.items():
+        np.testing.assert_array_equal(again.heads[name].per_episode, score.per_episode)
+        np.testing.assert_array_equal(again.heads[name].p, score.p)
+
+
+def killed_at(out: Path, lines: Path, n: int) -> None:
+    """The study in a process of its own, killed once it has so many finished shards."""
+    code = f"from mechicl.studies.huang2026 import run; run('demo', None, {str(out)!r}, device='cpu', batch_size={SIZE}, progress=False, **{SMALL!r})"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
-    while not lines.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
+    while not (lines.exists() and lines.read_bytes().count(b"\n") >= n) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    assert process.returncode == -signal.SIGKILL
     assert lines.exists()
-    assert not (out / "study.csv").exists()
-    kept = lines.read_bytes()
-    lines.write_bytes(kept + b'{"at": 4, "sets":')  # and a line that the crash cut off
-    again = run("demo", None, out, device="cpu", batch_size=4, progress=False, **SMALL)
-    assert lines.read_bytes().startswith(kept)
-    assert (out / "study.csv").read_bytes() == (folder / "study.csv").read_bytes()
-    assert again.knock_outs.to_frame().equals(whole.knock_outs.to_frame())
-    np.testing.assert_array_equal(again.heads["ih_published"].per_episode, whole.heads["ih_published"].per_episode)
+
+
+@pytest.mark.slow  # two or three minutes: pytest -m slow tests/test_studies.py
+@pytest.mark.filterwarnings("ignore")
+def test_workers_share_a_study_and_change_no_number(study: tuple[ProtocolStudy, Path], tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    frames = []
+    for workers in (1, 2):
+        out = tmp_path / str(workers)
+        found = run("demo", None, out, device="cpu", batch_size=SIZE, workers=workers, progress=False, **SMALL)
+        frames.append((out / "study.csv").read_bytes())
+        np.testing.assert_allclose(
+            found.heads["ih_published"].per_episode, study[0].heads["ih_published"].per_episode, atol=1e-6
+        )  # another process's threads
+    assert frames[0] == frames[1]
+
+
+def test_workers_need_a_name_to_load_the_model_by(model: Any, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="every worker can load"):
+        run(model, None, tmp_path / "x", workers=2, **SMALL)
+    assert not (tmp_path / "x").exists()
 
 
 def test_finished_parts_are_not_made_again(study: tuple[ProtocolStudy, Path], model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +122,7 @@ def test_finished_parts_are_not_made_again(study: tuple[ProtocolStudy, Path], mo
 
     for name in ("rank_heads", "attention_by_role", "knock_out"):
         monkeypatch.setattr(huang2026, name, never)
-    again = run(model, None, folder, batch_size=4, progress=False, **SMALL)
+    again = run(model, None, folder, batch_size=SIZE, progress=False, **SMALL)
     assert again.to_frame().equals(whole.to_frame())
     assert again.seconds == whole.seconds
 
@@ -90,15 +133,15 @@ def test_a_folder_refuses_another_study_and_damaged_parts(study: tuple[ProtocolS
     out = tmp_path / "copy"
     shutil.copytree(study[1], out)
     with pytest.raises(CheckpointError, match="options was"):
-        run(model, None, out, batch_size=4, progress=False, **{**SMALL, "n_random": 3})
+        run(model, None, out, batch_size=SIZE, progress=False, **{**SMALL, "n_random": 3})
     (out / PARTS / "roles.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"roles.json must hold a finished part"):
-        run(model, None, out, batch_size=4, progress=False, **SMALL)
+        run(model, None, out, batch_size=SIZE, progress=False, **SMALL)
     other = tmp_path / "other"
     other.mkdir()
     (other / "notes.txt").write_text("mine")
     with pytest.raises(OutputPathError, match="holds other files"):
-        run(model, None, other, batch_size=4, progress=False, **SMALL)
+        run(model, None, other, batch_size=SIZE, progress=False, **SMALL)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +168,7 @@ def test_too_few_episodes_or_steps_are_refused_before_a_model_is_loaded(tmp_path
 
 
 def test_without_a_folder_nothing_is_kept_and_lora_is_left_out(model: Any, study: tuple[ProtocolStudy, Path]) -> None:
-    found = run(model, batch_size=4, progress=False, **{**SMALL, "skip": ("dose", "ours")})
+    found = run(model, batch_size=SIZE, progress=False, **{**SMALL, "skip": ("dose", "ours")})
     assert "lora" in found.skipped_parts
     assert found.tuning is None
     assert found.knock_outs.to_frame().equals(study[0].knock_outs.to_frame())
@@ -241,7 +284,7 @@ def test_adapters_go_where_they_were_asked_to() -> None:
 def test_fine_tuning_follows_the_heads_and_goes_on(model: Any, tmp_path: Path) -> None:
     lora = TuningOptions(steps=6, every=3, train=8, held_out=4)
     options = {**SMALL, "skip": ("dose", "ours"), "lora": lora}
-    found = run(model, None, tmp_path / "s", batch_size=4, progress=False, name="demo", **options)
+    found = run(model, None, tmp_path / "s", batch_size=SIZE, progress=False, name="demo", **options)
     assert found.tuning is not None
     assert found.tuning.curves.steps.tolist() == [0, 3, 6]
     assert len(found.tuning.loss) == 6
@@ -252,7 +295,7 @@ def test_fine_tuning_follows_the_heads_and_goes_on(model: Any, tmp_path: Path) -
     assert curve[0] == pytest.approx(change.before.value, abs=1e-5)  # kept to six digits, measured by the other path
     assert curve[-1] == pytest.approx(change.after.value, abs=1e-5)
     (tmp_path / "s" / PARTS / "tuning.json").unlink()
-    again = run(model, None, tmp_path / "s", batch_size=4, progress=False, name="demo", **options)
+    again = run(model, None, tmp_path / "s", batch_size=SIZE, progress=False, name="demo", **options)
     assert again.tuning is not None
     np.testing.assert_array_equal(again.tuning.loss, found.tuning.loss)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import LABELS, picture
 
+from mechicl.analysis.heads.published import published_scores, spellings
 from mechicl.errors import OptionError
 from mechicl.models.planted import planted_induction, untrained
 from mechicl.models.toys.prompts import toy_episodes
@@ -14,10 +15,9 @@ from mechicl.models.vlm import HookedVLM
 from mechicl.prompts.episode import Episode, Shot
 from mechicl.results import HeadScores
 from mechicl.studies.huang2026 import fitted
-from mechicl.studies.huang2026_heads import IH, PH, published_scores, rank_heads, spellings
+from mechicl.studies.huang2026_heads import IH, PH, rank_heads
 from mechicl.studies.huang2026_knockouts import knock_out
 from mechicl.studies.huang2026_sets import key, plan_sets
-from mechicl.studies.keep import Memory
 from mechicl.studies.published import match_rankings, numbers_beside, overlap, published
 from mechicl.training.organisms import build
 
@@ -132,7 +132,7 @@ def test_knock_outs_are_those_of_a_hook_on_o_proj() -> None:
     size = scores[PH].value.size
     rankings: dict[str, Any] = {"PH": ("published", "", scores.top(PH, size)), "IH": ("published", "", scores.top(IH, size))}
     plan = plan_sets(model, rankings, top=2, n_random=2, dose=("IH",), dose_draws=1, seed=0)
-    table, doses = knock_out(model, drawn, plan, folder=Memory(), batch_size=4, progress=False)
+    table, doses = knock_out(model, drawn, plan, batch_size=4, progress=False)
     width = model.cfg.d_head
     layers: Any = plain.get_decoder().layers
     for row in table.rows:
@@ -185,7 +185,7 @@ def test_switching_off_planted_heads_costs_the_answers_and_random_heads_do_not()
     size = scores[PH].value.size
     rankings: dict[str, Any] = {"PH": ("published", "", scores.top(PH, size)), "IH": ("published", "", scores.top(IH, size))}
     plan = plan_sets(planted.model, rankings, top=1, n_random=6, dose=(), dose_draws=0, seed=0)
-    table, _ = knock_out(planted.model, drawn[8:], plan, folder=Memory(), progress=False)
+    table, _ = knock_out(planted.model, drawn[8:], plan, progress=False)
     assert table["intact"].whole.value == 1.0
     for name in ("top 1 PH", "top 1 IH", "top PH and IH"):
         row = table[name]

@@ -20,13 +20,17 @@ Data = Batch | Sequence[Episode]
 
 
 class Spreads(ABC):
-    """What stands in for a model whose work is spread over several processes (`mechicl.analysis.spread`): the three things that analyses ask of it."""
+    """What stands in for a model whose work is spread over several processes (`mechicl.analysis.spread`): what analyses ask of it."""
 
     cfg: Any
 
     @abstractmethod
     def read(self, data: Data, wanted: Any, *, batch_size: int, progress: bool, names: Sequence[str]) -> list[Any]:
         """As `mechicl.analysis.heads.reading.read_parts`."""
+
+    @abstractmethod
+    def published(self, data: Data, *, batch_size: int, progress: bool) -> Any:
+        """As `mechicl.analysis.heads.published.published_scores`."""
 
     @abstractmethod
     def answer(self, data: Data, *, score: Any, switches: Any, batch_size: int, names: Sequence[str], what: str, progress: bool) -> Any:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from mechicl.cli.options import BatchSize, Device, Dtype, Model, Quiet, Revision, Seed, Trust, check_folder, load_model
+from mechicl.cli.workers import RayAddress, Workers
 from mechicl.errors import OptionError
 
 EPISODES, HEADS, LORA = "Episodes", "Heads", "Fine-tuning"
@@ -42,11 +43,15 @@ def huang2026(
     revision: Revision = None,
     trust_remote_code: Trust = False,
     batch_size: BatchSize = 8,
+    workers: Workers = 0,
+    ray_address: RayAddress = None,
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Previous-token and induction heads as Huang et al. 2026 rank them and switch them off, with the controls that were missing."""
     if out is None and not preview:
         raise OptionError("out must be a folder; got none. Name one with --out, or ask for a --preview.")
+    if ray_address is not None and not workers:
+        raise OptionError("ray-address must come with --workers; got 0 workers. Say how many share the episodes.")
     folder = check_folder(out)
     from mechicl.studies.huang2026 import Options, preview_study, run, study_episodes
     from mechicl.studies.huang2026_tuning import TuningOptions
@@ -63,7 +68,21 @@ def huang2026(
     name = (
         model if revision is None and not trust_remote_code else ""
     )  # else the fine-tuning copies the model in memory: a name would load another
-    study = run(loaded, drawn, folder, options=options, batch_size=batch_size, command=command, task=task, name=name, progress=not quiet)
+    study = run(
+        loaded,
+        drawn,
+        folder,
+        options=options,
+        batch_size=batch_size,
+        command=command,
+        task=task,
+        name=name,
+        workers=workers,
+        address=ray_address,
+        device=device,
+        dtype=dtype,
+        progress=not quiet,
+    )
     told(study)
     typer.echo(str(folder / "study.html"))
 

@@ -6,7 +6,8 @@
     lora       the published fine-tuning, the ranked heads followed
     report     one HTML page
 
-A study that is killed goes on where it was: the same call with the same `out`.
+A study that is killed goes on where it was, within a part too: the same call with the same `out`. Ranking and knock-outs go through a crew
+(`mechicl.analysis.spread`): of this process, or of several workers, with the same numbers.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from mechicl.analysis.heads.scoring import attention_by_role
 from mechicl.errors import EpisodeError, OptionError, RenderError
 from mechicl.prompts.episode import Episode
 from mechicl.results import Head, HeadScores, ProtocolStudy, StudyCost
+from mechicl.studies.crew import StudyCrew
 from mechicl.studies.huang2026_heads import IH, PH, rank_heads
 from mechicl.studies.huang2026_knockouts import INTACT, knock_out
 from mechicl.studies.huang2026_sets import Plan, plan_sets
@@ -121,6 +123,8 @@ def run(
     device: str | None = None,
     dtype: str = "auto",
     batch_size: int = 8,
+    workers: int = 0,
+    address: str | None = None,
     command: str = "",
     task: str = "",
     name: str = "",
@@ -135,17 +139,19 @@ def run(
         out: The study's folder: finished parts, study.csv, study.html. None keeps nothing (then the fine-tuning is left out).
         options: What it does; or name single options: `run("demo", episodes=50, skip=("lora",))`.
         device, dtype: Where and how the model is loaded.
-        batch_size: Prompts per forward pass.
+        batch_size: Prompts per forward pass; also the episodes of a shard, which is what a killed study loses at most.
+        workers: Processes that share the episodes of ranking and knock-outs, each with the model; 0: this one. The numbers are the same for any number.
+        address: A Ray cluster for them ("auto", host:port); None: this machine.
         command: The line that makes the report again, to stand in it.
         task: What episodes of your own are called.
-        name: What a loaded model was loaded by: the fine-tuning then loads its own copy instead of copying it in memory.
+        name: What a loaded model was loaded by: workers load it by that, and the fine-tuning loads its own copy instead of copying it in memory.
         progress: Show bars.
 
     Returns:
         ProtocolStudy.
 
     Raises:
-        OptionError, EpisodeError: an option out of range, or too few episodes, before the model runs.
+        OptionError, EpisodeError: an option out of range, too few episodes, or workers for a model without a name, before the model runs.
         CheckpointError: `out` holds another study, or a damaged part.
         OutputPathError: `out` cannot be written.
 
@@ -153,6 +159,11 @@ def run(
         Huang et al. 2026 (arXiv 2601.20796), scripts of the appendix on Qwen2.5-VL-3B. What differs is said in docs/studies.md.
     """
     asked = _options(options, changes)
+    source = os.fspath(model) if isinstance(model, str | os.PathLike) else name
+    if workers and not source:
+        raise OptionError(
+            f"model must be a name or a folder that every worker can load; got {type(model).__name__}. Give its name=, or workers=0."
+        )
     if out is None and "lora" not in asked.skip:
         asked = replace(asked, skip=(*asked.skip, "lora"))
     episodes, called = study_episodes(data, asked)
@@ -160,8 +171,8 @@ def run(
     loaded = _load(model, device, dtype)
     episodes, note = fitted(loaded, episodes)
     folder = Memory() if out is None else StudyFolder(out, {"study": STUDY, **_asked(loaded, episodes, asked, task, batch_size)})
-    work = _Work(loaded, episodes, task, asked, folder, batch_size, progress, note)
-    study = work.study(name or (os.fspath(model) if isinstance(model, str | os.PathLike) else loaded))
+    with StudyCrew(loaded, source, folder, batch_size, {"workers": workers, "address": address, "device": device, "dtype": dtype}) as crew:
+        study = _Work(loaded, crew, episodes, task, asked, folder, batch_size, progress, note).study(source or loaded)
     if out is not None:
         from mechicl.views.protocol_page import write_protocol_page
 
@@ -229,6 +240,7 @@ class _Work:
     def __init__(
         self,
         model: Any,
+        crew: StudyCrew,
         episodes: list[Episode],
         task: str,
         options: Options,
@@ -237,7 +249,8 @@ class _Work:
         progress: bool,
         note: str = "",
     ) -> None:
-        self.model, self.task, self.options, self.folder, self.progress, self.note = model, task, options, folder, progress, note
+        self.model, self.crew, self.folder, self.progress = model, crew, folder, progress
+        self.task, self.options, self.note = task, options, note
         self.top = top_of(model, options)
         self.rank, self.prove = episodes[: options.rank], episodes[options.rank : options.rank + options.episodes]
         self.episodes = episodes
@@ -246,12 +259,15 @@ class _Work:
     def study(self, name: Any) -> ProtocolStudy:
         """All parts, in order."""
         seconds: dict[str, float] = {}
-        heads, seconds["ranking"] = self.folder.part("heads", lambda: rank_heads(self.model, self.rank, **self.common))
-        roles, seconds["attention by role"] = self.folder.part("roles", lambda: attention_by_role(self.model, self.rank, **self.common))
+        heads, seconds["ranking"] = self.folder.part("heads", lambda: rank_heads(self.crew.at_work(), self.rank, **self.common))
+        roles, seconds["attention by role"] = self.folder.part(
+            "roles", lambda: attention_by_role(self.crew.at_work(), self.rank, **self.common)
+        )
         plan = self.plan(heads)
         (off, doses), seconds["knock-outs"] = self.folder.part(
-            "knock_outs", lambda: knock_out(self.model, self.prove, plan, folder=self.folder, **self.common)
+            "knock_outs", lambda: knock_out(self.crew.at_work(), self.prove, plan, tokenizer=self.tokenizer(), **self.common)
         )
+        self.crew.close()
         tuning = None
         if "lora" not in self.options.skip:
             tuning, seconds["fine-tuning"] = self.folder.part("tuning", lambda: self.tuning(name, heads))
@@ -265,6 +281,10 @@ class _Work:
             tuning=tuning, seconds=seconds, n_rank=heads.n, n=off.n, skipped=(*heads.skipped, *off.skipped), skipped_parts=tuple(self.options.skip),
             provenance=made, notes=tuple(dict.fromkeys((*self.notes(), *heads.notes, *off.notes))),
         )  # fmt: skip
+
+    def tokenizer(self) -> Any:
+        """The model's; None where it has none."""
+        return getattr(getattr(self.model, "renderer", None), "tokenizer", None)
 
     def plan(self, heads: HeadScores) -> Plan:
         """Which heads go off."""

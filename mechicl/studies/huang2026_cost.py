@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mechicl.analysis.ablation.switches import Switches
+from mechicl.analysis.heads.published import published_scores
 from mechicl.analysis.heads.scoring import score_heads
 from mechicl.analysis.labels import answer
 from mechicl.prompts.episode import Episode
 from mechicl.results import StudyCost
-from mechicl.studies.huang2026_heads import OURS, published_scores, rank_heads
+from mechicl.studies.huang2026_heads import OURS, rank_heads
 from mechicl.studies.huang2026_sets import plan_sets
 
 if TYPE_CHECKING:

@@ -1,29 +1,28 @@
 """The knock-outs of Huang et al. 2026, and what they lack: matched random heads, zero-shot, permuted labels, whole labels, dose curves, intervals.
 
-Every set of heads answers the same episodes. A batch of episodes is one line of the study's folder: all sets, the question without its examples, and
-with its labels permuted; a study that is killed goes on with the next batch.
+Every set of heads answers the same episodes; so do the question without its examples, and with its labels permuted.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from mechicl.analysis.ablation.switches import Switches
-from mechicl.analysis.feed import check_data, ids_of, progress_bar, provenance, rehearse
+from mechicl.analysis.feed import check_data, ids_of, provenance, rehearse
+from mechicl.analysis.guarded import noted
+from mechicl.analysis.heads.published import spellings
 from mechicl.analysis.icl import mark, usable
-from mechicl.analysis.labels import Answers, Key, answer
+from mechicl.analysis.labels import Key, answer
 from mechicl.analysis.statistics import mcnemar_p, mean_estimate, paired_change, permutation_p
 from mechicl.prompts.corrupt import permute_labels
 from mechicl.prompts.episode import Episode
 from mechicl.results import DoseCurve, Estimate, ICLAccuracy, KnockOutRow, KnockOuts
-from mechicl.studies.huang2026_heads import spellings
 from mechicl.studies.huang2026_sets import Plan, Set, key
-from mechicl.studies.keep import Memory, StudyFolder
 
 INTACT, ZERO_SHOT, PERMUTED = "intact", "zero-shot", "labels permuted"
 TOLERANCE = 1e-9
@@ -34,7 +33,7 @@ def knock_out(
     episodes: Sequence[Episode],
     plan: Plan,
     *,
-    folder: StudyFolder | Memory,
+    tokenizer: Any = None,
     seed: int = 0,
     batch_size: int = 8,
     task: str = "",
@@ -43,21 +42,20 @@ def knock_out(
     """Switch off every set of the plan on the same episodes, by zeroing the head's slice of o_proj's input at all positions, and mark the answers.
 
     Args:
-        model: Anything with the surface of `HookedModel`.
+        model: Anything with the surface of `HookedModel`, or a crew (`mechicl.analysis.spread`), whose folder keeps finished shards.
         episodes: Episodes that did not serve to find the heads.
         plan: From `plan_sets`.
-        folder: Keeps finished batches.
+        tokenizer: The model's, where a crew stands in for it: CLA looks for labels behind a space, too.
         seed: Decides ties and resampling.
         batch_size: Prompts per forward pass.
         task: What the episodes are, for the record.
-        progress: Show a bar.
+        progress: Show bars.
 
     Returns:
         The table, and a dose curve for each ranking and way of counting ("PH, first token", "PH, whole label").
 
     Raises:
         EpisodeError: no episodes, no shots, one class only.
-        CheckpointError: the folder's batches are of other sets.
 
     Source:
         Huang et al. 2026. Differs: whole labels beside first tokens, random heads, controls, intervals.
@@ -65,87 +63,31 @@ def knock_out(
     check_data(episodes, batch_size)
     rehearse(model, episodes)
     names, sets = ids_of(episodes), plan.sets
-    kept: dict[int, Mapping[str, Any]] = {}
-
-    def take(line: dict[str, Any]) -> None:
-        if line["sets"] != digest(sets):
-            raise ValueError("it is of other sets of heads")
-        kept[int(line["at"])] = line
-
-    folder.read_lines(take)
-    starts = range(0, len(episodes), batch_size)
-    bar = progress_bar(None, total=len(starts), what=f"{len(sets)} sets of heads off", show=progress)
-    bar.update(len(kept))
-    for at in starts:
-        if at not in kept:
-            line = _batch(model, list(episodes[at : at + batch_size]), sets, at, seed, batch_size)
-            folder.add_line(line)
-            kept[at] = line
-            bar.update(1)
-    bar.close()
-    marked, skipped = _mark(
-        [kept[at] for at in starts], names, len(sets), seed, provenance(model, task=task, seed=seed, options={"how": "zero"})
-    )
-    return _table(plan, marked, skipped, seed), _doses(plan, marked)
+    common: dict[str, Any] = {"batch_size": batch_size, "names": names, "progress": progress}
+    with noted(model) as notes:
+        switches = Switches.build(model, episodes, sets, "zero", seed=seed, batch_size=batch_size)
+        found, keys, reasons = answer(model, episodes, switches=switches, what=f"{len(sets)} sets of heads off", **common)
+        bare, *_ = answer(model, [episode.without_shots() for episode in episodes], what="zero-shot control", **common)
+        permuted = [permute_labels(episode, seed=seed + k) for k, episode in enumerate(episodes)]
+        mixed, *_ = answer(model, permuted, what="labels permuted", **common)
+    tokenizer = tokenizer or getattr(getattr(model, "renderer", None), "tokenizer", None)
+    keys = replace(keys, context_tokens=_context(tokenizer, episodes, keys))
+    kept, skipped = usable(names, reasons)
+    made = provenance(model, task=task, seed=seed, options={"how": "zero"})
+    marked = [
+        mark(one, keys, names, kept, skipped, score="full", seed=seed, zero_shot=None, notes=[], made=made)
+        for one in (*found, bare[0], mixed[0])
+    ]
+    table = _table(plan, marked, skipped, seed)
+    return replace(table, notes=tuple(dict.fromkeys((*table.notes, *notes)))), _doses(plan, marked)
 
 
-def digest(sets: Sequence[Set]) -> str:
-    """A short name of the sets that ran."""
-    import hashlib
-
-    return hashlib.sha256(repr(tuple(sets)).encode()).hexdigest()[:16]
-
-
-def _batch(model: Any, episodes: list[Episode], sets: Sequence[Set], at: int, seed: int, batch_size: int) -> dict[str, Any]:
-    """All answers on a batch of episodes, as a line."""
-    names = [episode.id or str(at + k) for k, episode in enumerate(episodes)]
-    switches = Switches.build(model, episodes, sets, "zero", seed=seed, batch_size=batch_size)
-    found, keys, reasons = answer(model, episodes, switches=switches, batch_size=batch_size, names=names)
-    bare, *_ = answer(model, [episode.without_shots() for episode in episodes], batch_size=batch_size, names=names)
-    permuted = [permute_labels(episode, seed=seed + at + k) for k, episode in enumerate(episodes)]
-    mixed, *_ = answer(model, permuted, batch_size=batch_size, names=names)
-    return {
-        "at": at, "sets": digest(sets), "answers": [_listed(one) for one in (*found, bare[0], mixed[0])], "reasons": reasons,
-        "key": {"answers": keys.answers.tolist(), "candidates": keys.candidates, "first_tokens": keys.first_tokens,
-                "context_tokens": [sorted(some) for some in _context(model, episodes, keys)]},
-    }  # fmt: skip
-
-
-def _context(model: Any, episodes: Sequence[Episode], keys: Key) -> list[set[int]]:
+def _context(tokenizer: Any, episodes: Sequence[Episode], keys: Key) -> tuple[frozenset[int], ...]:
     """First tokens of the context's labels, behind a space too: CLA as the released script counts it."""
-    tokenizer = getattr(getattr(model, "renderer", None), "tokenizer", None)
-    found = [set(some) for some in keys.context_tokens]
-    if tokenizer is not None:
-        for some, episode in zip(found, episodes, strict=True):
-            some |= {tokens[0] for label in {s.label for s in episode.shots} for tokens in spellings(tokenizer, label)}
-    return found
-
-
-def _listed(one: Answers) -> dict[str, Any]:
-    return {"total": one.total.tolist(), "first": one.first.tolist(), "greedy": one.greedy.tolist()}
-
-
-def _read(one: Mapping[str, Any]) -> Answers:
-    total = np.array(one["total"], dtype=np.float64)
-    return Answers(total, total, np.array(one["first"], dtype=np.float64), np.array(one["greedy"], dtype=np.int64))
-
-
-def _mark(
-    lines: Sequence[Mapping[str, Any]], names: list[str], n_sets: int, seed: int, made: Any
-) -> tuple[list[ICLAccuracy], tuple[Any, ...]]:
-    """Every set's answers marked, then zero-shot and permuted labels; and what could not be scored."""
-    keys = Key.join(
-        [
-            Key(
-                np.array(line["key"]["answers"]), tuple(map(tuple, line["key"]["candidates"])), tuple(map(tuple, line["key"]["first_tokens"])),
-                tuple(frozenset(some) for some in line["key"]["context_tokens"]),
-            )
-            for line in lines
-        ]
-    )  # fmt: skip
-    kept, skipped = usable(names, [reason for line in lines for reason in line["reasons"]])
-    every = [Answers.join([_read(line["answers"][k]) for line in lines]) for k in range(n_sets + 2)]
-    return [mark(one, keys, names, kept, skipped, score="full", seed=seed, zero_shot=None, notes=[], made=made) for one in every], skipped
+    if tokenizer is None:
+        return keys.context_tokens
+    more = [{tokens[0] for label in {s.label for s in episode.shots} for tokens in spellings(tokenizer, label)} for episode in episodes]
+    return tuple(frozenset({*some, *others}) for some, others in zip(keys.context_tokens, more, strict=True))
 
 
 def _table(plan: Plan, marked: Sequence[ICLAccuracy], skipped: tuple[Any, ...], seed: int) -> KnockOuts:

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from mechicl.analysis.feed import provenance
+from mechicl.analysis.heads.published import published_scores
 from mechicl.analysis.heads.scoring import score_heads
 from mechicl.analysis.icl import icl_accuracy
 from mechicl.analysis.statistics import mean_estimate, paired_change
 from mechicl.errors import OptionError
 from mechicl.prompts.episode import Episode
 from mechicl.results import Estimate, Head, Series, Tuning, TuningChange
-from mechicl.studies.huang2026_heads import IH, PH, published_scores
+from mechicl.studies.huang2026_heads import IH, PH
 
 FOLLOWED = {PH: "previous_token_all", IH: "induction_paper", "previous_token": "previous_token", "induction": "induction"}
 """Score of the study -> score followed along the fine-tuning; the published two are the same numbers where answers stand in labels only."""

@@ -2,7 +2,7 @@
 
 study.json               what was asked for; another study in the same folder is refused
 parts/<name>.json        a finished part, a result of `mechicl.results`, its arrays beside it in parts/<name>.safetensors
-knock_outs.jsonl         a line for each finished batch of the longest part
+shards/                  finished shards of the parts that read attention and switch heads off (`mechicl.analysis.spread.folder`)
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class StudyFolder(KeptFolder):
     """The folder of one study."""
 
     plan = "study.json"
-    lines = "knock_outs.jsonl"
+    lines = ""
     what = "study"
-    finished = "batches"
+    finished = "parts"
 
     def part(self, name: str, make: Callable[[], Any]) -> tuple[Any, float]:
         """A part of the study: read where it is finished, made and kept where it is not.
@@ -79,12 +79,6 @@ class Memory:
         """The part, made."""
         start = time.perf_counter()
         return make(), time.perf_counter() - start
-
-    def read_lines(self, take: Callable[[dict[str, Any]], None]) -> None:
-        """None are kept."""
-
-    def add_line(self, line: Mapping[str, Any]) -> None:
-        """Not kept."""
 
 
 def pack(value: Any, arrays: dict[str, np.ndarray]) -> Any:

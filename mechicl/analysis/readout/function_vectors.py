@@ -114,7 +114,7 @@ def last_outputs(model: Any, data: Sequence[Episode] | Batch, batch_size: int) -
     layers = switchable(model)
 
     def work(batch: Batch, _: range) -> dict[int, Tensor]:
-        kept, _ = values(model, batch, [z_name(layer) for layer in layers], lambda x: x)
+        kept = values(model, batch, [z_name(layer) for layer in layers], lambda x: x)[0]
         return {layer: (z := kept[z_name(layer)])[torch.arange(batch.n), batch.query_pos.to(z.device)].float().cpu() for layer in layers}
 
     found = list(each_batch(model, data, batch_size, work))

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mechicl.analysis.feed import Data, Spreads, progress_bar
+from mechicl.analysis.feed import Data, Spreads, ids_of, progress_bar
 from mechicl.analysis.guarded import say
+from mechicl.analysis.heads.published import Published
 from mechicl.analysis.spread.folder import ShardFolder
-from mechicl.analysis.spread.work import Part, answers, means, readings
+from mechicl.analysis.spread.work import Part, answers, means, published_of, readings
 from mechicl.errors import EpisodeError, OptionError
 from mechicl.prompts.batch import Batch
 from mechicl.prompts.episode import Episode
@@ -62,6 +63,12 @@ class Crew(Spreads):
         CheckpointError, OutputPathError: see `mechicl.analysis.kept.KeptFolder`.
     """
 
+    hands: Hands
+    shard: int
+    cfg: Any
+    anatomy: SimpleNamespace
+    folder: ShardFolder | None
+
     def __init__(self, hands: Hands, *, shard: int = 16, out: Any = None) -> None:
         if shard < 2:
             raise OptionError(f"shard must be at least 2; got {shard}. 16 episodes a shard suit most models.")
@@ -97,6 +104,13 @@ class Crew(Spreads):
         room = self._all("render", first, {"wanted": wanted, "n_shots": n_shots}, shards=[range(len(first))])[0].said["n_offsets"]
         options = {"wanted": wanted, "n_shots": n_shots, "n_offsets": room, "batch_size": batch_size}
         return readings(self._all("read", episodes, options, names=names, what="reading attention", progress=progress))
+
+    def published(self, data: Data, *, batch_size: int, progress: bool) -> Published:
+        """As `published_scores` on one model."""
+        options = {"batch_size": batch_size}
+        return published_of(
+            self._all("published", _episodes(data), options, names=ids_of(data), what="published head scores", progress=progress)
+        )
 
     def answer(self, data: Data, *, score: Any, switches: Any, batch_size: int, names: Sequence[str], what: str, progress: bool) -> Any:
         """As `answer` on one model."""

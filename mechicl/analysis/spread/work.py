@@ -15,6 +15,7 @@ import torch
 
 from mechicl.analysis.ablation.switches import Switches, head_sums
 from mechicl.analysis.guarded import guarded
+from mechicl.analysis.heads.published import READERS, Published, published_scores
 from mechicl.analysis.heads.reading import Wanted, offsets_of, read_parts
 from mechicl.analysis.labels import Answers, Key, answer
 from mechicl.analysis.layout import Layout
@@ -54,6 +55,29 @@ def readings(parts: Sequence[Part]) -> list[tuple[dict[str, np.ndarray], Layout]
             where = Layout(**{name: torch.from_numpy(mine.pop(f"layout {name}").copy()) for name in Layout.__dataclass_fields__})
             found.append((mine, where))
     return found
+
+
+@guarded
+def published_shard(model: Any, data: Sequence[Episode], *, batch_size: int, names: Sequence[str]) -> Part:
+    """The published head scores of a shard."""
+    found = published_scores(model, data, batch_size=batch_size)
+    lost = [name for name, values in zip(names, found.ih, strict=True) if np.isnan(values).all()]
+    return Part(
+        {"ph": found.ph, "ih": found.ih, **{f"by {name}": values for name, values in found.ph_by.items()}},
+        {"elsewhere": found.elsewhere, "lost": lost},
+    )
+
+
+def published_of(parts: Sequence[Part]) -> Published:
+    """Parts -> what `published_scores` would have given; a reader that a shard lacks is NaN there."""
+    ph, ih = (np.concatenate([part.arrays[name] for part in parts]) for name in ("ph", "ih"))
+    names = dict.fromkeys(name.removeprefix("by ") for part in parts for name in part.arrays if name.startswith("by "))
+    by = {
+        name: np.concatenate([part.arrays.get(f"by {name}", np.full_like(part.arrays["ph"], np.nan)) for part in parts])
+        for name in READERS.values()
+        if name in names
+    }
+    return Published(ph, by, ih, sum(part.said["elsewhere"] for part in parts), tuple(name for part in parts for name in part.said["lost"]))
 
 
 @guarded
@@ -104,7 +128,13 @@ def render_shard(model: Any, data: Sequence[Episode], *, wanted: Wanted | None =
     return Part({}, {"n_offsets": offsets_of(batch, wanted, n_shots) if wanted is not None else 0})
 
 
-WORK: Mapping[str, Callable[..., Part]] = {"read": read_shard, "answer": answer_shard, "sum": sum_shard, "render": render_shard}
+WORK: Mapping[str, Callable[..., Part]] = {
+    "read": read_shard,
+    "published": published_shard,
+    "answer": answer_shard,
+    "sum": sum_shard,
+    "render": render_shard,
+}
 
 
 def about(model: Any) -> dict[str, Any]:
