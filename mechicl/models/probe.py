@@ -10,7 +10,7 @@ from PIL import Image
 
 from mechicl.errors import OptionError
 from mechicl.models.families import image_token_id
-from mechicl.prompts.calling import BEFORE_EVERYTHING, arranged, asked, named
+from mechicl.prompts.calling import arranged, asked, first_frames, named
 
 N_TOKENS = 13
 """Length of the text probe; a prime, so that it is not mistaken for a number of heads."""
@@ -49,8 +49,8 @@ def picture_probe(
     if processor is None:
         raise OptionError("processor must be given for a probe with a picture; got None. Wrap the model as HookedVLM(model, processor).")
     pictures = [picture(size, seed) for seed in range(len(texts))]
-    frames = BEFORE_EVERYTHING.get(type(processor).__name__)
-    if frames is not None:  # it writes the picture's tokens itself
+    frames = first_frames(processor)
+    if frames:  # it writes the picture's tokens itself
         prompts = list(texts)
     elif getattr(processor, "chat_template", None):
         chats = [

@@ -9,7 +9,6 @@ from typing import Any
 from PIL import Image
 
 from mechicl.errors import RenderError
-from mechicl.prompts.fenced import fenced
 
 NEEDED: Mapping[str, str] = {
     "qwen2_vl": "mm_token_type_ids",
@@ -24,10 +23,15 @@ NEEDED: Mapping[str, str] = {
 RENAMED: Mapping[str, str] = {"pixel_values_images": "pixel_values"}
 """What a processor still calls by a name that its model gives up (Video-LLaVA)."""
 
-BEFORE_EVERYTHING: Mapping[str, int] = {"InstructBlipProcessor": 1, "InstructBlipVideoProcessor": 4}
+BEFORE_EVERYTHING: Mapping[str, int] = {
+    "Blip2Processor": 1,
+    "FuyuProcessor": 1,
+    "InstructBlipProcessor": 1,
+    "InstructBlipVideoProcessor": 4,
+}
 """Processors that put one picture's tokens before each prompt, whatever the text says of pictures, and how many frames they take for one."""
 
-ONE_LIST = ("GotOcr2Processor", "FuyuProcessor")
+ONE_LIST = ("GotOcr2Processor",)
 """Processors that take the pictures of all prompts as one list: several to a prompt only this way (GOT-OCR 2 joins nested ones to one stretch of pages)."""
 
 ASKED: Mapping[str, Mapping[str, Any]] = {"ChameleonProcessor": {"return_for_text_completion": True}}
@@ -68,7 +72,7 @@ def call(
     needed = NEEDED.get(model_type)
     if some and needed is not None and needed not in out:
         raise RenderError(f"the processor must return {needed} for {model_type}; got {sorted(out)}. Update transformers.")
-    return out, told if isinstance(told, list) and told else heard or fenced(processor, texts)
+    return out, told if isinstance(told, list) and told else heard or [[] for _ in texts]
 
 
 def arranged(processor: Any, pictures: Sequence[Sequence[Image.Image]]) -> list[Any]:
@@ -114,17 +118,37 @@ def replacements(processor: Any) -> Iterator[Offsets]:
         del processor.get_text_with_replacements
 
 
+def first_frames(processor: Any) -> int:
+    """How many frames a processor writes before the whole prompt, whatever it says; 0 where pictures stand among the words.
+
+    BLIP-2's leaves the words alone when it is told no number of query tokens.
+    """
+    kind = type(processor).__name__
+    return 0 if leaves_words(processor) else BEFORE_EVERYTHING.get(kind, 0)
+
+
+def leaves_words(processor: Any) -> bool:
+    """Whether a processor with an image token expands nothing, so that the chat template writes all of a picture's tokens."""
+    return type(processor).__name__ == "Blip2Processor" and processor.num_query_tokens is None
+
+
 def check_order(processor: Any) -> None:
     """Refuse processors whose pictures cannot stand among the words.
 
     Raises:
         RenderError: every prompt begins with the tokens of its one picture.
     """
-    kind = type(processor).__name__
-    if kind in BEFORE_EVERYTHING:
+    if first_frames(processor):
+        kind = type(processor).__name__
+        way = "Choose another family, or pass the processor's own output to the model."
+        if kind == "Blip2Processor":
+            way = (
+                f"Set processor.num_query_tokens to None and processor.chat_template to one that writes {processor.image_token!s} "
+                f"{processor.num_query_tokens} times for each picture."
+            )
         raise RenderError(
             f"processor must write pictures where the prompt has them; {kind} writes one picture's tokens before the whole prompt, so exemplars cannot have "
-            "pictures. Choose another family, or pass the processor's own output to the model."
+            f"pictures. {way}"
         )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from mechicl.errors import RenderError
-from mechicl.prompts.calling import first_words, takes_one_list
+from mechicl.prompts.calling import first_words, leaves_words, takes_one_list
 from mechicl.prompts.episode import Episode, Shot
 from mechicl.prompts.spans import NO_SHOT, QUERY, Span
 
@@ -113,8 +113,9 @@ class Template:
         if isinstance(self.chat_template, dict):
             self.chat_template = self.chat_template.get("default")
         own = getattr(processor, "image_token", None) or getattr(processor.tokenizer, "image_token", None)
-        self.image_token: str = own or image_token
-        self.writes_out = own is None  # the processor knows of no token, so the template writes all of a picture's (PP-Chart2Table)
+        self.image_token: str = str(own or image_token)
+        # the processor knows of no token, or leaves it alone, so the template writes all of a picture's (PP-Chart2Table, BLIP-2)
+        self.writes_out = own is None or leaves_words(processor)
 
     def lay(self, episode: Episode, name: str) -> Laid:
         """The prompt's text, ready for the tokenizer but for the pictures, and its pieces.

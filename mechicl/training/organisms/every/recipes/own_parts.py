@@ -7,6 +7,7 @@ from typing import Any
 
 from mechicl.training.organisms.every.recipes.recipe import GRID, SQUARE, Recipe
 from mechicl.training.organisms.every.shrink import PATCH, SIDE
+from mechicl.training.organisms.templates import chatml
 from mechicl.training.tokenizer import token_id
 
 Parts = Callable[[Any], Mapping[str, Any]]
@@ -71,6 +72,9 @@ RECIPES: Mapping[str, Recipe] = {
         "<img><imgpad></img>", {}, ("<img>", "<imgpad>", "</img>"), {"size": {"height": 64, "width": 64}}, ids={"image_token_index": "<imgpad>"},
         config=lambda tokenizer: {"vision_config": {"image_size": 64}}, after={"num_image_tokens": 16},
     ),
+    "blip-2": Recipe(
+        "", extra=("<image>",), images=SQUARE, ids={"image_token_index": "<image>"}, template="", after={"chat_template": chatml(4 * "<image>")},
+    ),
     "chameleon": Recipe(
         "<image>", {"image_token": "<image>", "boi_token": "<racm3:break>", "eoi_token": "<eoss>"}, written(_IMGIMG),
         {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}, {"image_seq_length": 64}, {"image_token_id": "<image>"},
@@ -112,5 +116,7 @@ RECIPES: Mapping[str, Recipe] = {
     ),
 }  # fmt: skip
 
-FAILED: Mapping[str, str] = {}
+FAILED: Mapping[str, str] = {
+    "fuyu": "not used: its processor puts one picture before each prompt and a token that opens the answer behind it, and cuts off its own tokenizer's first token"
+}
 """Families of this kind whose processor serves no prompt with several pictures, with the reason from its source."""
