@@ -166,6 +166,17 @@ def test_what_a_processor_throws_away_is_heard_once_and_nothing_is_left_on_it() 
     assert "get_text_with_replacements" not in vars(processor)
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_neighbouring_pictures_that_share_a_fence_have_each_their_own_tokens(split: bool) -> None:
+    model, processor = build_whole("idefics2")
+    processor.image_processor.do_image_splitting = split
+    a, b, c = episodes()[0].images
+    together = Episode((Shot("dax", (a, b)),), Shot("kimo tepa", (c,)), ("dax", "kimo tepa"), question="Which")
+    batch = Renderer(processor, model.config).render([together])
+    assert [int(batch.mask("image", image=k).sum()) for k in range(3)] == [20 if split else 4] * 3
+    assert model(**batch.inputs).logits.isfinite().all()
+
+
 def test_a_template_that_writes_a_pictures_tokens_itself_must_write_as_many_for_each() -> None:
     model, processor = build_whole("pp_chart2table")
     none = chatml("<img></img>")
@@ -197,5 +208,5 @@ def test_every_family_has_a_processor_or_a_reason() -> None:
             assert why_no_processor(family) == ""
         else:
             assert len(why_no_processor(family)) > 10
-    with pytest.raises(OptionError, match="idefics2"):
-        build_processor("idefics2")
+    with pytest.raises(OptionError, match="shieldgemma2"):
+        build_processor("shieldgemma2")

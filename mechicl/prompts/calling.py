@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from mechicl.errors import RenderError
+from mechicl.prompts.fenced import fenced
 
 NEEDED: Mapping[str, str] = {
     "qwen2_vl": "mm_token_type_ids",
@@ -72,7 +73,7 @@ def call(
     needed = NEEDED.get(model_type)
     if some and needed is not None and needed not in out:
         raise RenderError(f"the processor must return {needed} for {model_type}; got {sorted(out)}. Update transformers.")
-    return out, told if isinstance(told, list) and told else heard or [[] for _ in texts]
+    return out, told if isinstance(told, list) and told else heard or fenced(processor, texts)
 
 
 def arranged(processor: Any, pictures: Sequence[Sequence[Image.Image]]) -> list[Any]:
