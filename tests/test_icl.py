@@ -108,6 +108,18 @@ def test_a_model_that_cannot_tell_labels_apart_is_at_chance_and_not_at_zero() ->
     assert any("200 of 200 episodes tie" in note for note in found.notes)
 
 
+def test_the_coin_of_a_tie_is_fair_and_seeded() -> None:
+    """Whatever its place among the candidates: a coin that favours one place is at chance too, as long as the answers are balanced."""
+    values = np.zeros((4000, 4))
+    values[:, 2] = -1.0  # not among the best
+    first, tied = predict(values, seed=0)
+    assert tied.all()
+    shares = np.bincount(first, minlength=4) / len(first)
+    assert shares == pytest.approx([1 / 3, 1 / 3, 0, 1 / 3], abs=0.03)  # four standard errors
+    assert (predict(values, seed=0)[0] == first).all()
+    assert (predict(values, seed=1)[0] == first).mean() == pytest.approx(1 / 3, abs=0.03)
+
+
 def test_short_labels_are_favoured_by_whole_labels_and_not_per_token() -> None:
     model, episodes = silent(), uneven_episodes()
     whole = icl_accuracy(model, episodes, zero_shot=False, progress=False)

@@ -11,13 +11,13 @@ import torch
 
 import mechicl
 from mechicl.analysis.labels import label_logprobs
-from mechicl.analysis.patching.metrics import contrast
+from mechicl.analysis.patching.metrics import Contrast, contrast
 from mechicl.analysis.patching.patch import patch
 from mechicl.analysis.statistics import ratio_interval, sign_flip_p
 from mechicl.data import concepts
 from mechicl.errors import EpisodeError, NotFiniteError, OptionError
 from mechicl.models.planted import untrained
-from mechicl.models.toys.prompts import ToyRenderer, toy_episodes
+from mechicl.models.toys.prompts import ToyRenderer, toy_batch, toy_episodes
 from mechicl.prompts.batch import Batch
 from mechicl.prompts.corrupt import Pairs, minimal_pairs
 from mechicl.prompts.episode import Episode, Shot
@@ -112,6 +112,18 @@ def test_equal_answers_are_compared_with_all_other_candidates() -> None:
         for row, ids, a in zip(logits.numpy(), pairs.clean.candidate_ids, pairs.clean.answers, strict=True)
     ]
     np.testing.assert_allclose(read(model, pairs, "logit_diff", pairs.clean), expected, atol=1e-5)
+
+
+def test_pairs_with_fewer_other_candidates_are_compared_with_those_they_have() -> None:
+    """Two, one and three candidates that count against: what fills up the shorter lists weighs nothing."""
+    logits = torch.randn(3, 1, 9, generator=torch.Generator().manual_seed(0))
+    foils = (((1,), (2,)), ((3,),), ((4,), (5,), (6,)))
+    found = Contrast("logit_diff", ((0,), (7,), (8,)), foils)
+    batch = toy_batch(3, classes=2)
+    expected = [
+        float(row[0, a[0]] - np.mean([row[0, f[0]] for f in some])) for row, a, some in zip(logits, found.answers, foils, strict=True)
+    ]
+    np.testing.assert_allclose(found.reader(batch)(logits), expected, atol=1e-6)
 
 
 def test_sign_flips_are_exact_where_all_can_be_listed() -> None:
