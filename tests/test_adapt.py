@@ -20,6 +20,7 @@ from mechicl.training.adapting.data import IGNORED, Feed, answer_loss, closing, 
 from mechicl.training.adapting.loop import Course, Loop, start
 from mechicl.training.adapting.parts import choose, decoder_names, projector_names
 from mechicl.training.organisms import build
+from mechicl.training.organisms.every.processors import build_whole
 from mechicl.training.runs import Run
 
 TINY = ("qwen2_5_vl", "llava", "gemma3", "smolvlm")
@@ -73,6 +74,34 @@ def test_only_the_answer_counts_and_its_loss_is_transformers_own(family: str, or
         few = model(**one.inputs, use_cache=False, logits_to_keep=kept_positions(one.labels)).logits
     mine = answer_loss(few, one.labels) / one.n_tokens
     assert float(mine) == pytest.approx(float(out.loss), abs=1e-5)  # float32, sums in another order
+
+
+@pytest.mark.parametrize("family", ["hunyuan_vl", "mistral_large4", "minimax_m3_vl"])
+def test_a_prompt_is_learnt_as_it_is_alone_where_a_familys_own_positions_or_padding_depend_on_the_batch(
+    family: str, tmp_path: Path
+) -> None:
+    model, processor = build_whole(family)
+    model.eval()
+    renderer = Renderer(processor, model.config)
+    longer = concepts.draw(1, classes=2, shots=2, size=28, seed=0, syllables=(2, 2))
+    shorter = concepts.draw(1, classes=2, shots=1, size=28, seed=1, syllables=(2, 2))
+    feed = Feed([*longer, *shorter], 2)
+    loop = Loop(
+        model,
+        renderer,
+        feed,
+        Course(steps=1, lr=1e-3, batch=2),
+        Run.open(tmp_path / "run", {}, resume=False),
+        start("cpu", projector=False),
+    )
+    with torch.no_grad():
+        together = sum(float(loop.loss(one)) for one in loop.lessons())
+        alone = sum(float(loop.loss(lesson(renderer.render(few), close=loop.close))) for few in (longer, shorter))
+        padded = lesson(renderer.render([*longer, *shorter]), close=loop.close)
+        raw = model(**padded.inputs, use_cache=False, logits_to_keep=kept_positions(padded.labels)).logits
+    assert together == pytest.approx(alone, abs=2e-3)
+    assert abs(float(answer_loss(raw, padded.labels)) - alone) > 1e-2  # what the family does by itself with a padded batch
+    assert len(loop.lessons()) == (2 if family == "minimax_m3_vl" else 1)
 
 
 def test_the_token_that_ends_an_answer_is_the_templates_own_whatever_the_episode(organism: Any) -> None:

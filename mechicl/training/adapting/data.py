@@ -168,8 +168,12 @@ def kept_positions(labels: Int[Tensor, "batch pos"]) -> int:
     return labels.shape[1] - first + 1
 
 
-def renderable(episodes: Sequence[Episode], family: str) -> list[list[Episode]]:
-    """The episodes as groups that can be one batch: Mllama's prompts of a batch must have as many pictures each."""
+def renderable(episodes: Sequence[Episode], family: str, *, alone: bool = False) -> list[list[Episode]]:
+    """The episodes as groups that can be one batch: Mllama's prompts of a batch must have as many pictures each; `alone`: the family's padding moves its
+    logits, so that each prompt is learnt by itself.
+    """
+    if alone:
+        return [[episode] for episode in episodes]
     if family != "mllama":
         return [list(episodes)]
     groups: dict[int, list[Episode]] = {}

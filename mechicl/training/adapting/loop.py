@@ -18,6 +18,8 @@ from torch import Tensor
 
 from mechicl.errors import CheckpointError, DeviceError, NotFiniteError, OptionError
 from mechicl.models.adapters import trainable
+from mechicl.models.families import Family, family_of
+from mechicl.models.places import placed
 from mechicl.training.adapting.data import Feed, Lesson, answer_loss, closing, kept_positions, lesson, renderable, seed_of
 from mechicl.training.runs import AGAIN, STATE, Run
 
@@ -123,9 +125,21 @@ class Loop:
         accelerator: From `start`.
     """
 
+    hf: Any
+    renderer: Renderer
+    feed: Feed
+    course: Course
+    run: Run
+    accelerator: Any
+    family: Family
+    close: tuple[int, ...]
+    model: Any
+    optimizer: Any
+
     def __init__(self, hf: Any, renderer: Renderer, feed: Feed, course: Course, run: Run, accelerator: Any) -> None:
         self.hf, self.renderer, self.feed, self.course, self.run, self.accelerator = hf, renderer, feed, course, run, accelerator
         self.step = 0
+        self.family = family_of(hf.config)
         self.close = closing(renderer, feed.episode(0)) if course.close else ()
         if course.save_memory:
             hf.activation_checkpointing_enable({"use_reentrant": False})
@@ -171,7 +185,7 @@ class Loop:
         episodes = self.feed.step(self.step, slice(rank * mine, (rank + 1) * mine))
         made = []
         for at in range(0, mine, course.batch):
-            for few in renderable(episodes[at : at + course.batch], self.renderer.model_type):
+            for few in renderable(episodes[at : at + course.batch], self.renderer.model_type, alone=bool(self.family.padding)):
                 made.append(lesson(self.renderer.render(few), close=self.close))
         return made
 
@@ -217,6 +231,7 @@ class Loop:
         device = self.accelerator.device
         inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in one.inputs.items()}
         inputs = {k: v.to(self.hf.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+        inputs = dict(placed(self.hf, self.family, inputs))  # a prompt is learnt as it will be read: whatever else is in the batch
         labels = one.labels.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.course.bf16):
             logits = self.model(**inputs, use_cache=False, logits_to_keep=kept_positions(one.labels)).logits
