@@ -183,6 +183,16 @@ def test_every_checkpoint_and_every_adapted_model_is_looked_up_first(
     assert not named
 
 
+def test_who_stops_a_command_is_told_how_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mechicl, "load", stopped, raising=False)
+    result = runner.invoke(app, ["heads", "-n", "2", "--size", "28", "-q"])
+    assert result.exit_code == 130
+    assert "the same command goes on from there" in said(result)
+
+
 def test_check_model_agrees_with_load() -> None:
     check_model("demo")
     with pytest.raises(CheckpointError, match="there is no folder"):

@@ -1,4 +1,4 @@
-"""The program itself: what every command shares, and how a mistake ends (one line on stderr, exit code 2)."""
+"""The program itself: what every command shares, and how a mistake ends (one line on stderr, exit code 2) or Ctrl-C (130)."""
 
 from __future__ import annotations
 
@@ -24,6 +24,12 @@ class Commands(TyperGroup):
                 raise
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(2) from error
+        except KeyboardInterrupt:
+            typer.echo(
+                "Stopped. What was finished is in the --out folder, if the command keeps one: the same command goes on from there, a training with --resume.",
+                err=True,
+            )
+            raise typer.Exit(130) from None
         except RuntimeError as error:
             if ctx.params.get("debug") or type(error).__name__ != "OutOfMemoryError":
                 raise
