@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechicl.models.check import check_inputs_for, compare, tolerance
+from mechicl.models.check import check_inputs_for, compare, limit_of
 from mechicl.models.guards import disagreement, first_overflow, watched
 from mechicl.models.probe import picture_probe, text_probe
 from mechicl.models.text import HookedLM
@@ -35,7 +35,7 @@ def diagnose(model: HookedVLM) -> list[Check]:
         Checks in order; all are run, none raises because of its finding.
     """
     inputs = check_inputs_for(model)
-    limit = tolerance(model.hf.dtype)
+    limit = limit_of(model.hf)
     found = compare(model, inputs)
     plain = _last(model, inputs)
     untouched = model(inputs, positions="all")[:, -1].float()
