@@ -177,7 +177,8 @@ claims.verdict_table(found).round(3)""",
     """
 ## Live: a circuit that is known
 
-A planted circuit that reads modality 1 only: its knock-outs must cost everything or nothing.
+A planted circuit that reads modality 1 only. Without its previous-token head or without modality 1 the match is lost, and copying any label (about half) is left; without its induction head the labels are lost too; without modality 2, or
+without as many random heads, nothing is lost.
 """,
     """>>>
 from mechicl.data.gaussian import MultimodalTask
