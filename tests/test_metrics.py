@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 import mechicl
 from mechicl.analysis.labels import label_logprobs
@@ -152,6 +153,13 @@ def test_the_interval_of_a_ratio_covers_it() -> None:
         low, high = ratio_interval(above[:, None], below, seed=k, n_draws=400)
         inside += bool(low[0] <= 0.5 <= high[0])
     assert 0.88 <= inside / 200 <= 0.99
+    low, high = ratio_interval(above[:, None], below, n_draws=9999)
+    theirs = stats.bootstrap(
+        (above, below), lambda a, b: a.mean() / b.mean(), paired=True, method="percentile", vectorized=False, n_resamples=2000, rng=0
+    ).confidence_interval
+    assert (low[0], high[0]) == pytest.approx(
+        tuple(theirs), abs=0.01
+    )  # both parts with their episodes; with `below` held the interval would be .20 wide, not .12
     low, high = ratio_interval(np.ones((5, 2, 2)), np.ones(5))
     assert low.shape == (2, 2)
     assert (low == high).all()
