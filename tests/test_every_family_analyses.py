@@ -27,6 +27,18 @@ UNLIKE = (
     "lfm3_vl", "qwen3_5", "qwen4_exp", "glm5_next", "minimax_m3_vl", "mistral_large4", "hunyuan_vl", "ernie4_5_vl_moe", "cohere_compass", "exaone4_5",
     "step3p7", "inkling2",
 )  # fmt: skip
+OWN_TOKENS = (
+    "unlimited_ocr",
+    "molmo2",
+    "nemotron_h_omni",
+    "kimi_k25",
+    "video_llava",
+    "idefics2",
+    "pp_chart2table",
+    "muse_spark",
+    "inkling_mm_model",
+)
+"""Families whose processors write pictures' tokens in ways of their own: candidates and pairs must take their inputs along."""
 QUIET: dict[str, Any] = {"progress": False}
 families = pytest.mark.parametrize("family", UNLIKE)
 
@@ -64,7 +76,7 @@ def log_probability(family: str, batch: Batch, label: tuple[int, ...]) -> float:
     return float(logits.gather(1, extra.T).sum())
 
 
-@families
+@pytest.mark.parametrize("family", [*UNLIKE, *OWN_TOKENS])
 def test_accuracy_is_that_of_the_plain_model_prompt_by_prompt(family: str) -> None:
     found = mechicl.icl_accuracy(hooked(family), episodes(), batch_size=size(family), **QUIET)
     for episode, margin in zip(episodes(), found.margins, strict=True):
@@ -105,7 +117,7 @@ def test_knocking_out_every_head_of_the_last_layer_is_zeroing_its_output_project
     assert not np.allclose(found.intact.margins, plain.margins, atol=5e-3)  # more than twice the tolerance above
 
 
-@families
+@pytest.mark.parametrize("family", [*UNLIKE, *OWN_TOKENS])
 def test_patching_resumed_equals_whole_runs_or_the_site_is_refused_by_name(family: str) -> None:
     model = hooked(family)
     pairs = minimal_pairs(model.renderer, episodes(), "swap_labels")
