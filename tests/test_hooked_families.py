@@ -189,7 +189,7 @@ def test_values_agree_with_nnsight(family: str) -> None:
     names = [f"blocks.{last}.hook_resid_post", f"blocks.{last}.attn.hook_z"]
     with torch.no_grad():
         _, cache = model.run_with_cache(inputs, names_filter=names)
-    from mechicl.models.anatomy import decoder_layers
+    from mechicl.models.recording import decoder_layers
 
     path = next(n for n, m in model.hf.named_modules() if m is decoder_layers(model.hf)[last])
     attention = next(n for n, m in model.hf.named_modules() if m is model.anatomy.layers[last].o_proj)

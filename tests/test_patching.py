@@ -193,7 +193,7 @@ def test_it_agrees_with_transformer_lens_own_patching() -> None:
 
 
 def test_it_agrees_with_an_nnsight_loop_on_a_model_with_pictures(organism: Organism) -> None:
-    from mechicl.models.anatomy import decoder_layers
+    from mechicl.models.recording import decoder_layers
 
     model = HookedVLM(*organism("llava"))
     pairs = minimal_pairs(model.renderer, concepts.draw(2, classes=2, shots=1, size=28, seed=3, syllables=(2, 2)), "swap_query")

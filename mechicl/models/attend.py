@@ -28,6 +28,9 @@ class Attention:
     Call `listen` around the run; then `attention(layer, q, k, v)`.
     """
 
+    model: Any
+    n: int
+
     def __init__(self, model: Any, n: int) -> None:
         self.model, self.n = model, n
         self.given: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}

@@ -35,10 +35,10 @@ def limit_of(hf: Any) -> float:
 def check_inputs_for(model: HookedVLM) -> dict[str, Any]:
     """The check's prompt: the given probe, or a picture where there is a processor, and a text else."""
     if model.probe is not None:
-        return model._to_device(model.probe)
+        return model.on_device(model.probe)
     if model.processor is not None:
-        return model._to_device(picture_probe(model.processor))
-    return model._to_device(text_probe(model.hf))
+        return model.on_device(picture_probe(model.processor))
+    return model.on_device(text_probe(model.hf))
 
 
 @torch.no_grad()
@@ -66,7 +66,7 @@ def compare(model: HookedVLM, inputs: dict[str, Any]) -> dict[str, float]:
         return combine(call, pattern.to(call.query.dtype))
 
     handlers = {layer: handler for layer, part in enumerate(model.anatomy.layers) if part.attention is not None}
-    with model._wired(inputs, handlers):
+    with model.wired(inputs, handlers):
         hooked = model.hf(**inputs, use_cache=False).logits[:, -1].float()
     spread = float(plain.std()) or 1.0
     return {"difference": float((plain - hooked).abs().max()) / spread, "layers": float(len(handlers)), **seen}

@@ -88,8 +88,8 @@ def _padding(model: HookedVLM, limit: float) -> Check:
     if isinstance(model, HookedLM):
         both, alone = _padded_words(model)
     else:
-        both = model._to_device(picture_probe(model.processor, texts))
-        alone = model._to_device(picture_probe(model.processor, texts[:1]))
+        both = model.on_device(picture_probe(model.processor, texts))
+        alone = model.on_device(picture_probe(model.processor, texts[:1]))
     one, two = _last(model, alone)[0], _last(model, both)[0]
     value = float((one - two).abs().max()) / (float(one.std()) or 1.0)
     return Check("left padding changes nothing (positions follow the mask)", value <= limit, value, limit, "logit spread",
@@ -98,14 +98,14 @@ def _padding(model: HookedVLM, limit: float) -> Check:
 
 def _padded_words(model: HookedVLM) -> tuple[dict[str, Any], dict[str, Any]]:
     """A prompt of words with three masked tokens before it, and alone."""
-    alone = model._to_device(text_probe(model.hf))
+    alone = model.on_device(text_probe(model.hf))
     ids, mask = alone["input_ids"], alone["attention_mask"]
     return {"input_ids": torch.cat([ids[:, :3], ids], 1), "attention_mask": torch.cat([torch.zeros_like(mask[:, :3]), mask], 1)}, alone
 
 
 def _picture(model: HookedVLM) -> Check:
     """Another picture must move the logits."""
-    inputs = model._to_device(picture_probe(model.processor))
+    inputs = model.on_device(picture_probe(model.processor))
     other = {k: (1 - v if k == "pixel_values" else v) for k, v in inputs.items()}
     a, b = _last(model, inputs), _last(model, other)
     value = float((a - b).abs().max()) / (float(a.std()) or 1.0)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mechicl.errors import NotFiniteError
-from mechicl.models.anatomy import first_tensor
+from mechicl.models.recording import first_tensor
 
 NEAR = 0.5
 """Share of the dtype's largest number at which a value counts as saturated: one more doubling overflows."""

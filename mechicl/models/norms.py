@@ -16,6 +16,10 @@ class Norm(nn.Module):
     (LayerNorm); else it divides by the root mean square.
     """
 
+    hook_scale: HookPoint
+    hook_normalized: HookPoint
+    centered: bool
+
     def __init__(self, norm: nn.Module, eps: float) -> None:
         super().__init__()
         self.hook_scale, self.hook_normalized = HookPoint(), HookPoint()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mechicl.models.asked import asked_positions, mask_of, select_logits
 from mechicl.models.places import from_mask
 from mechicl.prompts.batch import Batch
 
@@ -39,9 +40,9 @@ def continue_prompts(model: HookedVLM, batch: Batch, tokens: Sequence[Sequence[S
     """
     n, blocks = batch.n, len(tokens[0])
     inputs = model.inputs(batch if copies == 1 else batch.repeat(copies))
-    last = model._positions(batch if copies == 1 else batch.repeat(copies), inputs, "last")
+    last = asked_positions(batch if copies == 1 else batch.repeat(copies), mask_of(inputs), "last")
     _forget_places(model.hf)
-    with model._select_logits(last), model._wired(inputs):
+    with select_logits(model.anatomy.unembed, last), model.wired(inputs):
         out = model.hf(**inputs, use_cache=True)
     first = out.logits.reshape(copies, n, 1, 1, -1).expand(-1, -1, blocks, -1, -1)
     ids, real = _block(tokens, inputs["input_ids"].device)
@@ -51,7 +52,7 @@ def continue_prompts(model: HookedVLM, batch: Batch, tokens: Sequence[Sequence[S
         ids, real = ids.repeat(copies, 1), real.repeat(copies, 1)
         mask = torch.cat([inputs["attention_mask"].repeat_interleave(blocks, 0), real.to(inputs["attention_mask"].dtype)], 1)
         grown = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, **_places(model, mask, ids.shape[1])}
-        with model._wired({"input_ids": ids}):
+        with model.wired({"input_ids": ids}):
             rest = model.hf(**grown, use_cache=True).logits
         first = torch.cat([first, rest.reshape(copies, n, blocks, ids.shape[1], -1)], 3)
     return first.transpose(1, 2)

@@ -45,6 +45,15 @@ class Slots:
 class Builder:
     """A toy transformer being wired by hand: token i is one-hot in `content`, place t in `place`, and the logits read `out` times `sharpness`."""
 
+    slots: Slots
+    sharpness: float
+    n_heads: int
+    width: int
+    model: ToyTransformer
+    generator: torch.Generator
+    score: float
+    eye: Tensor
+
     def __init__(
         self,
         name: str,

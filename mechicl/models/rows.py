@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mechicl.errors import OptionError, UnsupportedModelError
+from mechicl.models.asked import select_logits
 from mechicl.models.attention import AttentionCall, check_terms, fused, row_chunks, rows, softmax
 from mechicl.models.hooked import RowReducer
 
@@ -62,7 +63,7 @@ def collect_rows(
     found: list[Any] = [None] * len(parts)
     handlers = {layer: _reader(layer, dest, found, reduce) for layer in wanted if parts[layer].attention is not None}
     last = torch.zeros(1, dtype=torch.long, device=dest.device)
-    with model._select_logits(last), model._wired(inputs, handlers):
+    with select_logits(model.anatomy.unembed, last), model.wired(inputs, handlers):
         model.hf(**inputs, use_cache=False)
     return found
 

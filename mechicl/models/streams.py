@@ -16,8 +16,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mechicl.errors import OptionError, UnsupportedModelError
-from mechicl.models.anatomy import LayerAnatomy, Projection, Recording, decoder_layers, record_pass
+from mechicl.models.anatomy import LayerAnatomy, Projection
 from mechicl.models.check import check_inputs_for, tolerance
+from mechicl.models.recording import Recording, decoder_layers, record_pass
 from mechicl.models.toys import fast as toy_fast
 from mechicl.models.toys.model import ToyTransformer
 from mechicl.models.weights import linear_of

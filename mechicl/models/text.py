@@ -105,6 +105,10 @@ class HookedLM(HookedVLM):
         ParityError: the check failed.
     """
 
+    processor: Any
+    probe: Mapping[str, Any] | None
+    unavailable: Mapping[str, str]
+
     def __init__(self, hf: Any, tokenizer: Any = None, *, check: bool = True, name: str | None = None, revision: str = "") -> None:
         super().__init__(hf, None, check=check, name=name, revision=revision)  # without a processor the check's prompt is words
         self.processor = None if tokenizer is None else TextProcessor(tokenizer)
@@ -150,7 +154,7 @@ class HookedLM(HookedVLM):
 @torch.no_grad()
 def _check_padding(model: HookedLM) -> None:
     """Raises UnsupportedModelError where tokens before the prompt that nobody may read move its logits: learned places counted from the padding on."""
-    plain = model._to_device(text_probe(model.hf))
+    plain = model.on_device(text_probe(model.hf))
     ids, mask = plain["input_ids"], plain["attention_mask"]
     padded = {"input_ids": torch.cat([ids[:, :3], ids], 1), "attention_mask": torch.cat([torch.zeros_like(mask[:, :3]), mask], 1)}
     first, second = (model.hf(**one, use_cache=False).logits[:, -1].float() for one in (plain, padded))

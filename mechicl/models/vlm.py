@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -14,28 +14,27 @@ import torch
 from torch import Tensor, nn
 
 from mechicl.errors import MissingInputError, OptionError, UnsupportedModelError
-from mechicl.models.anatomy import Anatomy, inspect
+from mechicl.models.anatomy import Anatomy
+from mechicl.models.asked import asked_positions, mask_of, select_logits
 from mechicl.models.check import check_parity
-from mechicl.models.families import check_inputs, family_of, image_positions
+from mechicl.models.families import Family, check_inputs, family_of, image_positions
 from mechicl.models.guards import check_numbers, dtype_of
 from mechicl.models.hooked import Hooked, HookedConfig, HookPoint, RowReducer
+from mechicl.models.inspection import inspect
 from mechicl.models.norms import Norm, eps_of
 from mechicl.models.places import placed
 from mechicl.models.prefix import can_continue, continue_prompts
 from mechicl.models.probe import probe_inputs
 from mechicl.models.rows import collect_rows
 from mechicl.models.stored import lead_device
-from mechicl.models.weights import AttentionWeights, Weights
-from mechicl.models.wiring import ATTENTION_ONLY, Wiring
+from mechicl.models.tree import grow_block, grow_vision, hooked_config
+from mechicl.models.weights import Weights
+from mechicl.models.wiring import Wiring
 from mechicl.prompts.batch import Batch
 from mechicl.prompts.episode import Episode
 
 if TYPE_CHECKING:
     from mechicl.prompts.render import Renderer
-
-
-class Block(nn.Module):
-    """Hook points of one decoder layer; `attn` holds those of its heads."""
 
 
 class HookedVLM(Weights, Hooked):
@@ -68,6 +67,20 @@ class HookedVLM(Weights, Hooked):
         ParityError: the check failed.
     """
 
+    family: Family
+    hf: Any
+    processor: Any
+    revision: str
+    hook_embed: HookPoint
+    unavailable: Mapping[str, str]
+    blocks: nn.ModuleList
+    vision: nn.Module
+    hook_image_features: HookPoint
+    ln_final: Norm
+    cfg: HookedConfig
+    mod_dict: dict[str, nn.Module]
+    hook_dict: dict[str, HookPoint]
+
     def __init__(
         self,
         hf: Any,
@@ -89,10 +102,10 @@ class HookedVLM(Weights, Hooked):
         self._continues: bool | None = None
         self._deaf = False
         self.probe = probe
-        inputs = self._to_device(probe_inputs(hf, processor, pictures=self.family.needs_picture) if probe is None else probe)
+        inputs = self.on_device(probe_inputs(hf, processor, pictures=self.family.needs_picture) if probe is None else probe)
         anatomy, _ = inspect(hf, lambda: hf(**inputs, use_cache=False))
         self.anatomy: Anatomy = anatomy
-        self.cfg = self._config(name)
+        self.cfg = hooked_config(hf, anatomy, name, self.device)
         self._grow()
         if check:
             check_numbers(self, inputs)
@@ -103,62 +116,20 @@ class HookedVLM(Weights, Hooked):
         """Where inputs go: the first module's device, also where parameters are offloaded or spread over several devices."""
         return lead_device(self.hf)
 
-    def _config(self, name: str | None) -> HookedConfig:
-        hf, layers = self.hf, self.anatomy.layers
-        first = next(part for part in layers if part.attention is not None)
-        text = hf.config.get_text_config()
-        mlp = getattr(text, "intermediate_size", None)
-        return HookedConfig(
-            model_name=name or getattr(hf, "name_or_path", "") or type(hf).__name__, model_type=hf.config.model_type, n_layers=len(layers),
-            n_heads=max(part.n_heads for part in layers), n_key_value_heads=max(part.n_key_value_heads for part in layers),
-            d_model=self.anatomy.d_model, d_head=first.d_head, d_vocab=self.anatomy.unembed.weight.shape[0],  # type: ignore[union-attr]
-            n_ctx=int(getattr(text, "max_position_embeddings", 0) or 1 << 20), d_mlp=mlp if isinstance(mlp, int) else None,
-            normalization_type="RMS", device=str(self.device), dtype=dtype_of(hf),
-        )  # fmt: skip
-
     def _grow(self) -> None:
         """The tree of hook points, with those that a layer cannot feed left out and explained in `unavailable`."""
-        self.hook_embed, self.blocks, unavailable = HookPoint(), nn.ModuleList(), {}
+        self.hook_embed, unavailable = HookPoint(), dict[str, str]()
         if reason := self.family.no_features or self.anatomy.streams.reason:
             unavailable["hook_image_features"] = reason
         else:
             self.hook_image_features = HookPoint()
-        for layer, part in enumerate(self.anatomy.layers):
-            block, attn = Block(), AttentionWeights()
-            attn.__dict__["part"] = part
-            for name in ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out"):
-                self._add(block, name, part.reasons, f"blocks.{layer}.{name}", unavailable)
-            for name in ("q", "k", "v", "z", *ATTENTION_ONLY):
-                self._add(
-                    attn,
-                    f"hook_{name}",
-                    {k.removeprefix("attn."): v for k, v in part.reasons.items()},
-                    f"blocks.{layer}.attn.hook_{name}",
-                    unavailable,
-                )
-            block.attn = attn
-            for name, norm in (("ln1", part.ln1), ("ln2", part.ln2)):
-                if norm is not None:
-                    setattr(block, name, Norm(norm, eps_of(norm)))
-            self.blocks.append(block)
+        self.blocks = nn.ModuleList(grow_block(layer, part, unavailable) for layer, part in enumerate(self.anatomy.layers))
         if self.anatomy.final_norm is not None:
             self.ln_final = Norm(self.anatomy.final_norm, eps_of(self.anatomy.final_norm))
             self.cfg = replace(self.cfg, normalization_type="LN" if self.ln_final.centered else "RMS")
-        self.vision = nn.Module()
-        self.vision.blocks = nn.ModuleList()
-        for _ in self.anatomy.vision_layers:
-            block = Block()
-            block.hook_resid_pre, block.hook_resid_post = HookPoint(), HookPoint()
-            self.vision.blocks.append(block)
         self.unavailable = unavailable
+        self.vision = grow_vision(len(self.anatomy.vision_layers))
         self.setup()
-
-    @staticmethod
-    def _add(owner: nn.Module, name: str, reasons: Mapping[str, str], full: str, unavailable: dict[str, str]) -> None:
-        if name in reasons:
-            unavailable[full] = reasons[name]
-        else:
-            setattr(owner, name, HookPoint())
 
     def setup(self) -> None:
         """TransformerLens' registry of hook points; the Hugging Face model's own modules are left as they are."""
@@ -205,9 +176,10 @@ class HookedVLM(Weights, Hooked):
                 f"batch must be a Batch, a processor's mapping or token ids; got {type(given).__name__}. Render episodes first."
             )
         check_inputs(self.hf.config, given)
-        return self._to_device(placed(self.hf, self.family, given))
+        return self.on_device(placed(self.hf, self.family, given))
 
-    def _to_device(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def on_device(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """A processor's mapping on this model's device and in its dtype, without labels."""
         device, dtype = self.device, dtype_of(self.hf)
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items() if k != "labels"}  # labels would ask for a loss
         return {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in moved.items()}
@@ -226,11 +198,12 @@ class HookedVLM(Weights, Hooked):
             MissingInputError: an input without which the family is silently wrong.
         """
         inputs = self.inputs(batch)
-        with self._select_logits(self._positions(batch, inputs, positions)), self._wired(inputs):
+        with select_logits(self.anatomy.unembed, asked_positions(batch, mask_of(inputs), positions)), self.wired(inputs):
             return self.hf(**inputs, use_cache=False).logits
 
     @contextmanager
-    def _wired(self, inputs: Mapping[str, Any], handlers: Mapping[int, Any] | None = None):
+    def wired(self, inputs: Mapping[str, Any], handlers: Mapping[int, Any] | None = None) -> Iterator[None]:
+        """The hook points listen to the Hugging Face model inside the block; `handlers` take a layer's attention call in their place."""
         self._image_mask = image_positions(self.hf.config, inputs)
         try:
             with nullcontext() if self._deaf else Wiring(self, self.anatomy, lambda: self._image_mask).connected(handlers):
@@ -238,52 +211,12 @@ class HookedVLM(Weights, Hooked):
         finally:
             self._image_mask = None
 
-    def _positions(self, batch: Any, inputs: Mapping[str, Any], positions: Any) -> Tensor | None:
-        """[n] or [batch, n] on the device, None for all."""
-        n_pos = inputs["input_ids"].shape[1]
-        if isinstance(positions, str):
-            if positions == "all":
-                return None
-            if positions != "last":
-                raise OptionError(
-                    f'positions must be "last", "all" or a tensor of positions; got {positions!r}. Ask for the ones you read.'
-                )
-            if isinstance(batch, Batch):
-                return batch.query_pos.to(self.device)[:, None]
-            mask = inputs.get("attention_mask")
-            if mask is None:
-                return torch.tensor([n_pos - 1], device=self.device)
-            return (n_pos - 1 - mask.flip(1).argmax(1))[:, None]
-        found = torch.as_tensor(positions, device=self.device)
-        if found.numel() == 0 or int(found.max()) >= n_pos or int(found.min()) < -n_pos:
-            raise OptionError(f"positions must be in 0..{n_pos - 1} (or negative, from the end); got {positions}. Count padding too.")
-        return found % n_pos
-
-    @contextmanager
-    def _select_logits(self, positions: Tensor | None):
-        """Let the unembedding see the asked positions only, so that [every position x vocabulary] never exists."""
-        if positions is None:
-            yield
-            return
-
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            hidden = args[0]
-            if positions.dim() == 1:
-                return (hidden.index_select(1, positions.to(hidden.device)), *args[1:])
-            return (hidden.gather(1, positions.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])), *args[1:])
-
-        handle = self.anatomy.unembed.register_forward_pre_hook(hook)
-        try:
-            yield
-        finally:
-            handle.remove()
-
     def attention_rows(
         self, batch: Batch | Mapping[str, Any], dest: Any = "last", *, layers: Sequence[int] | None = None, reduce: RowReducer | None = None
     ) -> list[Any]:
         """Attention of the asked positions only; the forward itself runs fused attention. See `mechicl.models.rows`."""
         inputs = self.inputs(batch)
-        positions = self._positions(batch, inputs, dest)
+        positions = asked_positions(batch, mask_of(inputs), dest)
         return collect_rows(self, inputs, positions, layers=layers, reduce=reduce)
 
     def continue_prompts(self, batch: Batch, tokens: Sequence[Sequence[Sequence[int]]], copies: int = 1) -> Tensor | None:
@@ -294,7 +227,7 @@ class HookedVLM(Weights, Hooked):
         return continue_prompts(self, batch, tokens, copies) if self._continues else None
 
     @contextmanager
-    def hooks_off(self):
+    def hooks_off(self) -> Iterator[None]:
         """No hook point listens inside the block; those that did listen again afterwards."""
         wired, self._deaf = self._deaf, True
         try:
@@ -307,7 +240,7 @@ class HookedVLM(Weights, Hooked):
         """Greedy continuation [batch, new tokens], hooks included: each fires once per step."""
         known = {*signature(self.hf.forward).parameters, *signature(self.hf.prepare_inputs_for_generation).parameters}
         inputs = {k: v for k, v in self.inputs(batch).items() if k in known}  # generate refuses what forward takes as **kwargs
-        with self._wired(inputs):
+        with self.wired(inputs):
             out = self.hf.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **kwargs)
         return out[:, inputs["input_ids"].shape[1] :]
 

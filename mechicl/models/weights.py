@@ -96,10 +96,10 @@ class Weights:
     W_K = property(lambda self: self._stack("W_K"), doc="[layer, kv_head, d_model, d_head], a copy")
     W_V = property(lambda self: self._stack("W_V"), doc="[layer, kv_head, d_model, d_head], a copy")
     W_O = property(lambda self: self._stack("W_O"), doc="[layer, head, d_head, d_model], a copy")
-    b_Q = property(lambda self: self._stack("b_Q"), doc="[layer, head, d_head]")
-    b_K = property(lambda self: self._stack("b_K"), doc="[layer, kv_head, d_head]")
-    b_V = property(lambda self: self._stack("b_V"), doc="[layer, kv_head, d_head]")
-    b_O = property(lambda self: self._stack("b_O"), doc="[layer, d_model]")
+    b_Q: property = property(lambda self: self._stack("b_Q"), doc="[layer, head, d_head]")
+    b_K: property = property(lambda self: self._stack("b_K"), doc="[layer, kv_head, d_head]")
+    b_V: property = property(lambda self: self._stack("b_V"), doc="[layer, kv_head, d_head]")
+    b_O: property = property(lambda self: self._stack("b_O"), doc="[layer, d_model]")
 
     @property
     def W_E(self) -> Tensor:

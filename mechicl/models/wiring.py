@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mechicl.errors import UnsupportedModelError
-from mechicl.models.anatomy import Anatomy, LayerAnatomy, Projection, first_tensor, stream_input, stream_name
+from mechicl.models.anatomy import Anatomy, LayerAnatomy, Projection
 from mechicl.models.attention import (
     AttentionCall,
     AttentionSession,
@@ -30,6 +30,7 @@ from mechicl.models.attention import (
 )
 from mechicl.models.hooked import HookPoint, active
 from mechicl.models.norms import Norm
+from mechicl.models.recording import first_tensor, stream_input, stream_name
 
 ATTENTION_ONLY = ("rot_q", "rot_k", "attn_scores", "pattern")
 """Hook points that only the attention function can feed."""
@@ -37,6 +38,10 @@ ATTENTION_ONLY = ("rot_q", "rot_k", "attn_scores", "pattern")
 
 class Wiring:
     """Feeds the hook points of one forward pass. `root` is the hooked model's tree, `parts` what `anatomy` found."""
+
+    root: nn.Module
+    parts: Anatomy
+    image_mask: Callable[[], Tensor | None]
 
     def __init__(self, root: nn.Module, parts: Anatomy, image_mask: Callable[[], Tensor | None]) -> None:
         self.root, self.parts, self.image_mask = root, parts, image_mask

@@ -58,6 +58,10 @@ class VLMRunner(Runner):
         pre: The recorded stream before every layer.
     """
 
+    calls: Sequence[Called | None]
+    roles: Roles
+    past: Sequence[KeysValues | None]
+
     def __init__(
         self, model: Any, calls: Sequence[Called | None], roles: Roles, past: Sequence[KeysValues | None], pre: Sequence[Tensor],
         positions: Tensor, additions: Sequence[Tensor | None], logits: Tensor,

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mechicl.models import streams
-from mechicl.models.anatomy import first_tensor, stream_input
+from mechicl.models.asked import select_logits
 from mechicl.models.attention import AttentionCall, fused
+from mechicl.models.recording import first_tensor, stream_input
 from mechicl.models.resuming.attention import KeysValues
 from mechicl.models.resuming.check import ERRORS, full_note, judge
 from mechicl.models.resuming.hf import Called, VLMRunner, arguments
@@ -63,7 +64,7 @@ def record_vlm(model: Any, inputs: Mapping[str, Any], positions: Tensor, hooks: 
             hooks = [*hooks, (name, lambda x, *, hook, layer=layer: middles.update({layer: x}))]
     run = _Run()
     handlers = {layer: _holding(run, layer) for layer, part in enumerate(layers) if part.attention is not None}
-    with model.hooks(fwd_hooks=hooks), model._wired(inputs, handlers), _watched(model, run), model._select_logits(positions):
+    with model.hooks(fwd_hooks=hooks), model.wired(inputs, handlers), _watched(model, run), select_logits(model.anatomy.unembed, positions):
         logits = model.hf(**inputs, use_cache=False).logits
     pre, additions = _streams(run, len(layers))
     mids = [middles.get(layer) for layer in range(len(layers))]
@@ -175,7 +176,7 @@ def _roles(model: Any, inputs: Mapping[str, Any], calls: Sequence[Called | None]
     other: dict[str, Tensor] = {}
     try:
         run = _Run()
-        with _watched(model, run), model._select_logits(torch.zeros(1, dtype=torch.long)):
+        with _watched(model, run), select_logits(model.anatomy.unembed, torch.zeros(1, dtype=torch.long)):
             model.hf(**_grown(inputs, n, n_pos, more), use_cache=False)
         other = {path: x for called in run.calls.values() for path, x in arguments(called)}
     except ERRORS:  # a prompt that cannot be made longer: sizes have to do

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from mechicl.errors import HookNotFiredError, OptionError
+from mechicl.models.asked import asked_positions, mask_of
 from mechicl.models.resuming.cells import Cell, Plan, Recorded, how_many, planned
 from mechicl.models.resuming.full import run_in_full
 from mechicl.models.resuming.memory import out_of_memory
 from mechicl.models.resuming.run import Edit, Pass, Runner, row_edit
 from mechicl.models.resuming.toy import record_toy
-from mechicl.models.toys.model import ToyTransformer, inputs_of
+from mechicl.models.toys.model import ToyTransformer
 
 __all__ = ["Cell", "Recorded", "passes", "record", "run_cells"]
 
@@ -48,7 +49,7 @@ def record(model: Any, batch: Any, *, positions: Any = "last", sites: Sequence[s
     kept: dict[str, Tensor] = {}
     hooks = [(name, _keep(kept, name)) for name in dict.fromkeys(sites)]
     if isinstance(model, ToyTransformer):
-        where = _table(model._last(batch) if isinstance(positions, str) else model._checked(batch, positions), _n_prompts(model, batch))
+        where = _table(asked_positions(batch, model.mask(batch), positions), _n_prompts(model, batch))
         runner, streams, middles, logits = record_toy(model, batch, where, hooks)
         starts = list(range(streams[0].shape[1]))
         recorded = Recorded(model, batch, where, logits, runner.additions, [], runner, starts, streams, middles, kept)
@@ -56,7 +57,7 @@ def record(model: Any, batch: Any, *, positions: Any = "last", sites: Sequence[s
         from mechicl.models.resuming.record import record_vlm
 
         inputs = model.inputs(batch)
-        where = _table(model._positions(batch, inputs, positions), inputs["input_ids"].shape[0])
+        where = _table(asked_positions(batch, mask_of(inputs), positions), inputs["input_ids"].shape[0])
         found = record_vlm(model, inputs, where, hooks)
         recorded = Recorded(
             model, batch, where, found.logits, found.additions, found.notes, found.runner, found.starts, found.streams, found.middles, kept
@@ -168,4 +169,4 @@ def _table(where: Tensor | None, n: int) -> Tensor:
 
 
 def _n_prompts(model: Any, batch: Any) -> int:
-    return model._mask(inputs_of(batch)).shape[0]
+    return model.mask(batch).shape[0]

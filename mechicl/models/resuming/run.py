@@ -54,6 +54,12 @@ class Pass:
 class Runner(ABC):
     """Runs passes over one recorded run. `trim`: the last layer is evaluated only where logits are asked for (if nothing listens there)."""
 
+    model: Any
+    pre: Sequence[Tensor]
+    positions: Tensor
+    additions: Sequence[Tensor | None]
+    first: int
+
     trim = True
 
     def __init__(

@@ -26,6 +26,9 @@ class ToyRunner(Runner):
         pre: The recorded stream before every layer.
     """
 
+    at: Setting
+    past: Sequence[KeysValues]
+
     def __init__(
         self,
         model: ToyTransformer,

@@ -34,6 +34,13 @@ class Encoder(nn.Module):
         hook_features: The features [m, d_feat].
     """
 
+    in_shape: tuple[int, ...]
+    d_feat: int
+    n_classes: int
+    body: nn.Module
+    head: nn.Linear
+    hook_features: HookPoint
+
     def __init__(self, body: nn.Module, in_shape: Sequence[int], d_feat: int, n_classes: int) -> None:
         super().__init__()
         self.in_shape, self.d_feat, self.n_classes = tuple(in_shape), d_feat, n_classes
@@ -137,6 +144,9 @@ class Projector(nn.Module):
         Huang et al. 2026.
     """
 
+    fc1: nn.Linear
+    fc2: nn.Linear
+
     def __init__(self, d_feat: int, d_out: int, *, init: EncoderInit = "huang2026", seed: int | None = None) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
@@ -152,6 +162,10 @@ class Projector(nn.Module):
 
 class ConvBody(nn.Module):
     """Convolutions of width 3 that halve the place axes while they can, and the maximum over what places are left."""
+
+    flat: bool
+    convs: nn.ModuleList
+    norms: nn.ModuleList
 
     def __init__(self, shape: tuple[int, ...], d_feat: int) -> None:
         super().__init__()
@@ -173,6 +187,13 @@ class ConvBody(nn.Module):
 
 class PatchBody(nn.Module):
     """Segments of a vector or patches of a picture through a small transformer; the class token's output."""
+
+    patch: int
+    embed: nn.Linear
+    token: nn.Parameter
+    places: nn.Parameter
+    blocks: nn.ModuleList
+    norm: nn.LayerNorm
 
     def __init__(self, shape: tuple[int, ...], width: int, *, depth: int, n_heads: int, patch: int | None) -> None:
         super().__init__()
@@ -206,6 +227,14 @@ class PatchBody(nn.Module):
 
 class PatchBlock(nn.Module):
     """Pre-norm attention over all patches and an MLP of four times the width."""
+
+    norm1: nn.LayerNorm
+    norm2: nn.LayerNorm
+    qkv: nn.Linear
+    out: nn.Linear
+    up: nn.Linear
+    down: nn.Linear
+    hook_pattern: HookPoint
 
     def __init__(self, width: int, n_heads: int) -> None:
         super().__init__()

@@ -15,23 +15,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mechicl.errors import MissingInputError, OptionError
+from mechicl.errors import OptionError
+from mechicl.models.asked import asked_positions
 from mechicl.models.hooked import Hooked, HookPoint, RowReducer
 from mechicl.models.toys import fast as toy_fast
 from mechicl.models.toys.config import Positions, ToyConfig, toy_config
-from mechicl.models.toys.parts import Setting, ToyAttention, ToyBlock, ToyClassifier, ToyMLP, ToyNorm
-from mechicl.models.toys.positions import alibi_slopes, one_hot, rope_tables, rotate
+from mechicl.models.toys.inputs import Given, ToyInputs, inputs_of
+from mechicl.models.toys.parts import ToyAttention, ToyBlock, ToyClassifier, ToyMLP, ToyNorm
+from mechicl.models.toys.positions import alibi_slopes, rope_tables, rotate
 from mechicl.models.toys.weights import ToyWeights
 from mechicl.prompts.batch import Batch, Renders
 from mechicl.prompts.episode import Episode
 
 __all__ = ["Positions", "ToyAttention", "ToyBlock", "ToyConfig", "ToyMLP", "ToyNorm", "ToyTransformer", "rotate", "toy_config"]
 
-Given = Batch | Mapping[str, Any] | Tensor
-"""A batch; its inputs; or the tokens alone: ids [batch, pos], or vectors [batch, pos, d_input]."""
 
-
-class ToyTransformer(ToyWeights, Hooked):
+class ToyTransformer(ToyWeights, ToyInputs, Hooked):
     """A small causal transformer with the surface of `HookedVLM`: what takes one takes the other.
 
     Over vectors its inputs are `inputs_embeds` [batch, pos, d_input], and where there are: `attention_mask`; `position_ids` (else places count the mask);
@@ -47,6 +46,18 @@ class ToyTransformer(ToyWeights, Hooked):
         sharpness: How peaked the attention is at first with init="fan_in": about 1 bit of contrast at the default; larger values give patterns like a
             trained model's.
     """
+
+    cfg: ToyConfig
+    seed: int
+    hook_embed: HookPoint
+    blocks: nn.ModuleList
+    ln_final: ToyNorm | None
+    encoder: nn.Module | None
+    projector: nn.Module | None
+    W_pos: nn.Parameter
+    hook_pos_embed: HookPoint
+    classifier: ToyClassifier
+    hook_image_features: HookPoint
 
     def __init__(
         self,
@@ -84,22 +95,10 @@ class ToyTransformer(ToyWeights, Hooked):
         self.setup()
         self.eval()  # nothing here differs in training, and TransformerLens' patching refuses a model in training mode
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.blocks[0].attn.W_Q.device  # type: ignore[union-attr, return-value]
-
     def forward(self, batch: Given, *, positions: Any = "last") -> Float[Tensor, "batch n vocab"]:
         """Logits at the asked positions: "last" (n = 1), "all", or a LongTensor [n] or [batch, n]."""
         stream, _ = self.run_blocks(batch)
-        if isinstance(positions, str):
-            if positions not in ("last", "all"):
-                raise OptionError(
-                    f'positions must be "last", "all" or a tensor of positions; got {positions!r}. Ask for the ones you read.'
-                )
-            where = self._last(batch) if positions == "last" else None
-        else:
-            where = self._checked(batch, positions)
+        where = asked_positions(batch, self.mask(batch), positions)
         return self.logits_of(stream if where is None else _take(stream, where))
 
     def classify(
@@ -154,7 +153,7 @@ class ToyTransformer(ToyWeights, Hooked):
     def run_blocks(self, batch: Given, keep: Any = None) -> tuple[Tensor, list[Any]]:
         """The stream after the last block, and for each layer what `keep(layer, pattern)` returned."""
         inputs = inputs_of(batch)
-        mask = self._mask(inputs)
+        mask = self.mask(batch)
         n_pos = mask.shape[1]
         place = (mask.long().cumsum(1) - 1).clamp_min(0)
         if (given := inputs.get("position_ids")) is not None:
@@ -174,91 +173,6 @@ class ToyTransformer(ToyWeights, Hooked):
             kept.append(None if keep is None else keep(layer, pattern))
         return stream, kept
 
-    def _content(self, inputs: Mapping[str, Any]) -> Float[Tensor, "batch pos d_model"]:
-        """The stream before places are added."""
-        if self.cfg.inputs == "tokens":
-            return self.W_E[inputs["input_ids"].to(self.device)]
-        content: Tensor = inputs["inputs_embeds"].to(self.device)
-        values = inputs.get("second_values")
-        if values is not None:
-            if inputs.get("second_pos") is None:
-                raise MissingInputError(
-                    "second_pos must come with second_values; it is missing. Give the position of every second-modality item."
-                )
-            where: Tensor = inputs["second_pos"].to(self.device)
-            features = self.hook_image_features(self._features(values.to(self.device))).to(content.dtype)
-            content = content.scatter(1, where[..., None].expand(-1, -1, content.shape[-1]), features)
-        return self._stream(content)
-
-    def _features(self, values: Tensor) -> Float[Tensor, "batch n_second d_input"]:
-        """Second-modality values [batch, n_second, *shape] as token vectors."""
-        n = values.shape[:2]
-        features = values.flatten(0, 1)
-        if self.encoder is not None:
-            features = self.encoder(features)
-        if self.projector is not None:
-            features = self.projector(features)
-        if features.shape[1:] != (self.cfg.d_input,):
-            raise OptionError(
-                f"second-modality features must be d_input = {self.cfg.d_input} wide; got {tuple(features.shape[1:])}. Give the model a projector."
-            )
-        return features.unflatten(0, n)
-
-    def _stream(self, content: Tensor) -> Float[Tensor, "batch pos d_model"]:
-        """Vectors in their coordinates of the stream: n_places zeros, the vector, zeros."""
-        if self.cfg.inputs == "tokens":
-            return content
-        if content.shape[-1] != self.cfg.d_input:
-            raise OptionError(f"tokens must be d_input = {self.cfg.d_input} wide; got {content.shape[-1]}. Build the model for this task.")
-        before, after = self.cfg.n_places, self.cfg.d_model - self.cfg.n_places - self.cfg.d_input
-        return nn.functional.pad(content, (before, after)) if before or after else content
-
-    def _place_code(self, place: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """What places add to the stream."""
-        if self.cfg.positions == "learned":
-            return self.W_pos[place]
-        if self.cfg.one_hot:
-            return nn.functional.pad(one_hot(place, self.cfg.n_places, dtype), (0, self.cfg.d_model - self.cfg.n_places))
-        return None
-
-    def _setting(self, place: Tensor, allowed: Tensor) -> Setting:
-        if self.cfg.rotary:
-            cos, sin = cast(Tensor, self.rope)[:, place].unsqueeze(-2)
-            return Setting(allowed, cos, sin)
-        if self.cfg.positions == "alibi":
-            distance = place[:, None, :, None] - place[:, None, None, :]
-            return Setting(allowed, bias=-cast(Tensor, self.slopes)[:, None, None] * distance)
-        return Setting(allowed)
-
-    def _mask(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Attention mask [batch, pos] on the model's device."""
-        name, dim = ("input_ids", 2) if self.cfg.inputs == "tokens" else ("inputs_embeds", 3)
-        given = inputs.get(name)
-        if given is None or given.dim() != dim:
-            shape = "[batch, pos]" if dim == 2 else "[batch, pos, d_input]"
-            raise MissingInputError(
-                f"{name} must be given, {shape}; got {None if given is None else tuple(given.shape)}. The model reads {self.cfg.inputs}."
-            )
-        mask = inputs.get("attention_mask")
-        if mask is not None and mask.shape != given.shape[:2]:
-            raise OptionError(
-                f"attention_mask must be {list(given.shape[:2])} as {name} is; got {list(mask.shape)}. Vectors cannot be continued with token ids."
-            )
-        return torch.ones(given.shape[:2], dtype=torch.long, device=self.device) if mask is None else mask.to(self.device)
-
-    def _last(self, batch: Given) -> Tensor:
-        if isinstance(batch, Batch):
-            return batch.query_pos.to(self.device)[:, None]
-        mask = self._mask(inputs_of(batch))
-        return (mask.shape[1] - 1 - mask.flip(1).argmax(1))[:, None]
-
-    def _checked(self, batch: Any, positions: Any) -> Tensor:
-        n_pos = self._mask(inputs_of(batch)).shape[1]
-        where = torch.as_tensor(positions, device=self.device)
-        if where.numel() == 0 or int(where.max()) >= n_pos or int(where.min()) < -n_pos:
-            raise OptionError(f"positions must be in 0..{n_pos - 1} (or negative, from the end); got {positions}. Count padding too.")
-        return where % n_pos
-
     @torch.no_grad()
     def attention_rows(
         self, batch: Given, dest: Any = "last", *, layers: Sequence[int] | None = None, reduce: RowReducer | None = None
@@ -267,7 +181,10 @@ class ToyTransformer(ToyWeights, Hooked):
 
         With `reduce(layer, positions, rows)`, each layer's entry is the list of what it returned. Same contract as `HookedVLM.attention_rows`.
         """
-        where = self._last(batch) if isinstance(dest, str) else self._checked(batch, dest)
+        mask = self.mask(batch)
+        where = asked_positions(batch, mask, dest)
+        if where is None:
+            where = torch.arange(mask.shape[1], device=mask.device)
         wanted = set(range(self.cfg.n_layers) if layers is None else [int(layer) for layer in layers])
         if not wanted <= set(range(self.cfg.n_layers)):
             raise OptionError(f"layers must be in 0..{self.cfg.n_layers - 1}; got {sorted(wanted)}. Layers count from 0.")
@@ -328,12 +245,6 @@ def classify_with(model: ToyTransformer, weights: Mapping[str, Tensor], *args: A
 def second_positions(n_pos: int, n_second: int) -> list[int]:
     """Where the second modality stands in [m1, m2, label, ..., m1, m2] (METHODS A2): 1, 4, 7, ... and the last position."""
     return [*range(1, 3 * (n_second - 1), 3), n_pos - 1]
-
-
-def inputs_of(batch: Given) -> Mapping[str, Any]:
-    if isinstance(batch, Tensor):
-        return {"inputs_embeds" if batch.is_floating_point() else "input_ids": batch}
-    return batch.inputs if isinstance(batch, Batch) else batch
 
 
 def _take(x: Tensor, where: Tensor) -> Tensor:

@@ -37,6 +37,12 @@ class Setting:
 class ToyNorm(nn.Module):
     """RMS or layer norm with TransformerLens' two hook points."""
 
+    centred: bool
+    w: nn.Parameter
+    hook_scale: HookPoint
+    hook_normalized: HookPoint
+    b: nn.Parameter
+
     def __init__(self, d_model: int, kind: str | None = "RMS") -> None:
         super().__init__()
         self.centred = kind == "LN"
@@ -55,6 +61,18 @@ class ToyNorm(nn.Module):
 
 class ToyAttention(nn.Module):
     """Causal attention. Weights in TransformerLens' shapes: W_Q, W_K, W_V [head, d_model, d_head], W_O [head, d_head, d_model], b_Q ... [head, d_head]."""
+
+    hook_q: HookPoint
+    hook_k: HookPoint
+    hook_v: HookPoint
+    hook_z: HookPoint
+    hook_attn_scores: HookPoint
+    hook_pattern: HookPoint
+    b_Q: nn.Parameter
+    b_K: nn.Parameter
+    b_V: nn.Parameter
+    hook_rot_q: HookPoint
+    hook_rot_k: HookPoint
 
     W_O: Tensor
 
@@ -115,6 +133,16 @@ class ToyMLP(nn.Module):
     2026 call SwiGLU and train.
     """
 
+    W_in: nn.Parameter
+    W_out: nn.Parameter
+    hook_pre: HookPoint
+    hook_post: HookPoint
+    W_gate: nn.Parameter
+    hook_pre_linear: HookPoint
+    b_in: nn.Parameter
+    b_out: nn.Parameter
+    b_gate: nn.Parameter
+
     def __init__(self, cfg: ToyConfig) -> None:
         super().__init__()
         assert cfg.d_mlp is not None
@@ -142,6 +170,16 @@ class ToyMLP(nn.Module):
 
 class ToyBlock(nn.Module):
     """Attention, then (where there is one) the MLP, each added to the stream."""
+
+    attn: ToyAttention
+    hook_resid_pre: HookPoint
+    hook_attn_out: HookPoint
+    hook_resid_post: HookPoint
+    ln1: ToyNorm | None
+    mlp: ToyMLP | None
+    hook_resid_mid: HookPoint
+    hook_mlp_out: HookPoint
+    ln2: ToyNorm | None
 
     def __init__(self, cfg: ToyConfig) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ from torch import nn
 
 from mechicl.errors import OptionError, UnsupportedModelError
 from mechicl.models.adapters import add_adapters
-from mechicl.models.anatomy import NOT_DECODER, decoder_layers
+from mechicl.models.recording import NOT_DECODER, decoder_layers
 
 PROJECTORS = ("projector", "merger", "connector", "aligner", "embed_vision", "abstractor", "resampler")
 """What families call the module between vision tower and decoder, or a part of its name."""
