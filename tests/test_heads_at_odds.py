@@ -181,6 +181,29 @@ def test_a_killed_study_goes_on_where_it_was(planted: Planted, tmp_path: Path, m
         study.run(planted.model, tasks=[COPY], shots=(1,), out=tmp_path, seed=1, **SMALL)
 
 
+def test_memory_that_runs_out_in_any_part_is_a_note_of_the_study_also_when_it_goes_on(
+    planted: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {"tasks": [COPY], "shots": (1,), "batch_size": 8, **SMALL}
+    plenty = study.run(planted.model, **asked)
+    model, run = planted.model, planted.model.run_blocks
+
+    def look(batch: Any, *args: Any, **options: Any) -> Any:
+        if len(set(batch.ids)) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(batch, *args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(model, "run_blocks", look)
+        scarce = study.run(model, out=tmp_path, **asked)
+    again = study.run(model, out=tmp_path, **asked)  # everything is finished
+    said = [[note for note in found.notes if "Memory ran out" in note] for found in (plenty, scarce, again)]
+    assert not said[0]
+    assert said[1]
+    assert said[2] == said[1]
+    assert scarce.to_frame().equals(plenty.to_frame())  # nothing was left out: shares of the same answers
+
+
 def test_knock_outs_of_other_heads_are_refused(planted: Planted, tmp_path: Path) -> None:
     study.run(planted.model, tasks=[COPY], shots=(1,), out=tmp_path, **SMALL)
     path = tmp_path / "odds.jsonl"

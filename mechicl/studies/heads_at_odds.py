@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -18,6 +19,7 @@ from mechicl.analysis.ablation.switches import How, check_how
 from mechicl.analysis.ablation.verdict import ALPHA
 from mechicl.analysis.agreement import head_overlap
 from mechicl.analysis.feed import provenance, rehearse
+from mechicl.analysis.guarded import noted
 from mechicl.analysis.statistics import wilson
 from mechicl.errors import OptionError
 from mechicl.results import HeadsAtOdds, OddsCost, OddsSetting, Score, Skipped
@@ -104,8 +106,9 @@ def run(
     common: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "progress": progress}
     for task, k in settings:
         if (task.name, k) not in scored:
-            one = score_setting(model, draw.find((task, k)), task=task.name, shots=k, copied=task.copied, **common)
-            scored[task.name, k] = one
+            with noted(model) as said:
+                one = score_setting(model, draw.find((task, k)), task=task.name, shots=k, copied=task.copied, **common)
+            scored[task.name, k] = one = replace(one, notes=tuple(said))
             if folder is not None:
                 folder.add(one)
     parts = [scored[task.name, k] for task, k in settings]
@@ -118,8 +121,9 @@ def run(
         for how in ways if part.scores else ():
             if (task.name, k, how) not in knocked:
                 reference = [episode for some in draw.find((task, k)) for episode in some]
-                off = knock_out(model, draw.prove((task, k)), reference, sets, how, task=task.name, shots=k, **common)
-                knocked[task.name, k, how] = off
+                with noted(model) as said:
+                    off = knock_out(model, draw.prove((task, k)), reference, sets, how, task=task.name, shots=k, **common)
+                knocked[task.name, k, how] = off = replace(off, notes=tuple(said))
                 if folder is not None:
                     folder.add(off)
     made = provenance(
@@ -202,6 +206,7 @@ def _result(
         if one.note and one.dose == plan.main
     ]
     skipped = [Skipped(a, b) for part in (*parts, *offs) for a, b in part.skipped]
+    told += dict.fromkeys(note for part in (*parts, *offs) for note in part.notes)
     marks = [_setting(setting, part, knocked, ways) for setting, part in zip(settings, parts, strict=True)]
     return HeadsAtOdds(
         induction=induction, function_vector=vector, overlaps={dose: head_overlap(induction, vector, k=heads_at(dose, both)) for dose in plan.doses},

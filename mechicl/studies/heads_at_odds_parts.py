@@ -38,6 +38,7 @@ class ScoredSetting:
     chance: float
     scores: dict[str, Score]
     skipped: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,12 +53,16 @@ class KnockedSetting:
     chance: float
     correct: dict[tuple[Head, ...], np.ndarray]
     skipped: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...] = ()
 
 
 class OddsFolder(KeptFolder):
     """The folder of one study: odds.json (what was asked), odds.jsonl (a line for each finished part), tables at the end."""
 
-    plan, lines, what, finished = "odds.json", "odds.jsonl", "study", "parts"
+    plan: str = "odds.json"
+    lines: str = "odds.jsonl"
+    what: str = "study"
+    finished: str = "parts"
 
     def load(self) -> tuple[dict[tuple[str, int], ScoredSetting], dict[tuple[str, int, str], KnockedSetting], list[list[str]]]:
         """Finished parts, and for which sets the knock-outs were made."""
@@ -203,7 +208,7 @@ def _scored_line(one: ScoredSetting) -> dict[str, Any]:
         for name, s in one.scores.items()
     }
     return {
-        "part": "scores", "task": one.task, "shots": one.shots, "correct": _bits(one.correct), "chance": one.chance, "scores": scores, "skipped": one.skipped
+        "part": "scores", "task": one.task, "shots": one.shots, "correct": _bits(one.correct), "chance": one.chance, "scores": scores, "skipped": one.skipped, "notes": one.notes
     }  # fmt: skip
 
 
@@ -213,13 +218,15 @@ def _scored_of(line: dict[str, Any]) -> ScoredSetting:
         fields: dict[str, Any] = {key: _array(value) if isinstance(value, dict) else value for key, value in kept.items()}
         scores[name] = Score(**fields)
     skipped = tuple((str(a), str(b)) for a, b in line["skipped"])
-    return ScoredSetting(str(line["task"]), int(line["shots"]), _of_bits(line["correct"]), float(line["chance"]), scores, skipped)
+    return ScoredSetting(
+        str(line["task"]), int(line["shots"]), _of_bits(line["correct"]), float(line["chance"]), scores, skipped, tuple(line["notes"])
+    )
 
 
 def _knocked_line(one: KnockedSetting) -> dict[str, Any]:
     return {
         "part": "knock-outs", "task": one.task, "shots": one.shots, "how": one.how, "intact": _bits(one.intact), "zero_shot": _bits(one.zero_shot),
-        "chance": one.chance, "sets": [name_of(heads) for heads in one.correct], "correct": [_bits(x) for x in one.correct.values()], "skipped": one.skipped,
+        "chance": one.chance, "sets": [name_of(heads) for heads in one.correct], "correct": [_bits(x) for x in one.correct.values()], "skipped": one.skipped, "notes": one.notes,
     }  # fmt: skip
 
 
@@ -227,5 +234,5 @@ def _knocked_of(line: dict[str, Any]) -> KnockedSetting:
     correct = {_heads_of(name): _of_bits(bits) for name, bits in zip(line["sets"], line["correct"], strict=True)}
     skipped = tuple((str(a), str(b)) for a, b in line["skipped"])
     return KnockedSetting(
-        str(line["task"]), int(line["shots"]), str(line["how"]), _of_bits(line["intact"]), _of_bits(line["zero_shot"]), float(line["chance"]), correct, skipped
+        str(line["task"]), int(line["shots"]), str(line["how"]), _of_bits(line["intact"]), _of_bits(line["zero_shot"]), float(line["chance"]), correct, skipped, tuple(line["notes"])
     )  # fmt: skip
