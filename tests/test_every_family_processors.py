@@ -109,6 +109,11 @@ def test_the_tokens_that_change_are_those_whose_box_holds_the_changed_pixels(fam
         ("kimi_k25", {}, (30, 21)),  # padded only
         ("kimi_k25", {"size": {"max_height": 6, "max_width": 6}}, (84, 60)),
         ("inkling_mm_model", {"rescale_image_frac": None}, (32, 22)),  # a column of padding
+        ("granite_docling", {"fine_route": True}, (150, 70)),  # four times the tokens
+        ("granite_docling", {"max_patches": 1}, (61, 133)),  # not cut
+        ("gemma4", {}, (30, 300)),  # so long that a side is one cell
+        ("gemma4_unified", {}, (300, 30)),
+        ("inkling2", {}, (16, 33)),  # nearly nothing but padding in the last row
     ],
 )
 def test_boxes_hold_where_a_familys_picture_takes_another_way(family: str, options: dict[str, Any], size: tuple[int, int]) -> None:
@@ -116,6 +121,15 @@ def test_boxes_hold_where_a_familys_picture_takes_another_way(family: str, optio
     for name, value in options.items():
         setattr(processor.image_processor, name, value)
     assert check_boxes(model, processor, [noise(size, 1)], 0)
+
+
+def test_got_ocr_2_has_no_boxes_where_pictures_are_cut_too() -> None:
+    model, processor = build_whole("got_ocr2")
+    assert all(len(boxes) == 16 for boxes in Renderer(processor, model.config).render(episodes()[:1]).patches[0])
+    processor.images_kwargs = {**processor.images_kwargs, "crop_to_patches": True, "max_patches": 3}
+    batch = Renderer(processor, model.config).render(episodes()[:1])
+    assert int(batch.mask("image").sum()) > 3 * 16
+    assert not any(boxes for boxes in batch.patches[0] if len(boxes) != 16)
 
 
 @pytest.mark.parametrize(("family", "frames"), [("instructblip", 1), ("instructblipvideo", 4)])

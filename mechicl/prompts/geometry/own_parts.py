@@ -6,7 +6,7 @@ import math
 
 from mechicl.prompts.geometry.own_tokens import lines
 from mechicl.prompts.geometry.picture import Boxes, Layout, Picture, cells, length, middle, resized, tiles
-from mechicl.prompts.geometry.stretched import grid
+from mechicl.prompts.geometry.stretched import grid, square
 
 
 def uncut_squares(picture: Picture) -> Boxes:
@@ -56,6 +56,7 @@ OWN_PARTS: dict[str, Layout] = {
     "dots3_note": grid,
     "gemma4": placed,
     "gemma4_unified": placed,
+    "gemma3n": square,
     "granite_docling": pages,
     "got_ocr2": page,
     "emu3": coded,
