@@ -94,6 +94,16 @@ def test_a_sweep_is_the_mean_over_seeds_with_every_run_as_a_dot() -> None:
     assert "3 runs (seeds) a point" in figure.layout.title.subtitle.text
 
 
+def test_a_share_below_zero_is_not_cut_off() -> None:
+    table = sweep()
+    assert plot_sweep(table, "K").layout.yaxis.range[0] == pytest.approx(-0.03)
+    table["accuracy_above_copying"] = table["accuracy_ic"] - 0.5
+    figure = plot_sweep(table, "K", "accuracy_above_copying", facet="positions")
+    lowest = min(min(trace.y) for trace in figure.data if "markers" in trace.mode)
+    assert lowest < -0.1
+    assert figure.layout.yaxis.range[0] == figure.layout.yaxis2.range[0] == pytest.approx(lowest - 0.03)
+
+
 def test_a_sweep_of_two_measures_in_panels_and_over_words() -> None:
     figure = plot_sweep(sweep(), "K", ["accuracy_ic", "accuracy_iw"], facet="positions")
     assert len(lines(figure)) == 4

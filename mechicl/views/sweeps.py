@@ -57,6 +57,8 @@ def sweep_lines(
         if facet is not None:
             notes.append({"xref": f"x{end} domain", "yref": f"y{end} domain", "x": 0, "y": 1, "yshift": 4, "xanchor": "left", "yanchor": "bottom", "showarrow": False,
                           "text": f"<b>{words(facet)} {_words(one)}</b>"})  # fmt: skip
+    if percent:
+        layout |= _below_zero(data, layout)
     each = f"{min(counts)} to {max(counts)}" if counts and min(counts) != max(counts) else str(counts[0] if counts else 0)
     heading = title or f"{', '.join(called(m) for m in measures)} over {words(x)}"
     return {
@@ -150,6 +152,13 @@ def _facet_axes(f: int, n: int, x: str, places: Sequence[Any], numeric: bool, lo
     else:
         up |= {"matches": "y", "showticklabels": False}
     return {f"xaxis{end}": across, f"yaxis{end}": up}
+
+
+def _below_zero(data: Sequence[Spec], layout: Spec) -> Spec:
+    """The vertical axes, longer where a share above a level (accuracy above copying) is negative: no mean or run is cut off."""
+    lowest = min((float(np.nanmin(t["y"])) for t in data if "markers" in t.get("mode", "") and np.isfinite(t["y"]).any()), default=0.0)
+    bottom, top = PERCENT["range"]
+    return {key: axis | {"range": [min(bottom, lowest - 0.03), top]} for key, axis in layout.items() if key.startswith("yaxis")}
 
 
 def _drawn(data: Sequence[Spec], text: str) -> bool:
