@@ -94,7 +94,6 @@ def killed_at(out: Path, lines: Path, n: int) -> None:
 
 
 @pytest.mark.slow  # two or three minutes: pytest -m slow tests/test_studies.py
-@pytest.mark.filterwarnings("ignore")
 def test_workers_share_a_study_and_change_no_number(study: tuple[ProtocolStudy, Path], tmp_path: Path) -> None:
     pytest.importorskip("ray")
     frames = []
