@@ -237,7 +237,9 @@ def test_a_run_killed_outright_loses_the_batch_in_flight_only(
 
     seen: list[int] = []
     inner = link_settings.ask_together
-    monkeypatch.setattr(link_settings, "ask_together", lambda model, episodes, how: (seen.append(len(episodes)), inner(model, episodes, how))[1])
+    monkeypatch.setattr(
+        link_settings, "ask_together", lambda model, episodes, how: (seen.append(len(episodes)), inner(model, episodes, how))[1]
+    )
     options: dict[str, Any] = {"batch_size": 3, "max_new_tokens": 3}
     again = evaluate(real, pool, out=folder, **options)
     assert sum(seen) == 16
