@@ -26,8 +26,9 @@ from mechicl.analysis.link.neighbours import class_neighbours
 from mechicl.analysis.trainings.bands import runs_estimate
 from mechicl.data.link_context import SHORT, Pool, generated_pool, link_episodes
 from mechicl.prompts.episode import Episode, Shot
-from mechicl.training.adapting.adapt import adapt, replaced
+from mechicl.training.adapting.adapt import adapt
 from mechicl.training.adapting.data import Feed
+from mechicl.training.adapting.folder import replaced
 from mechicl.training.adapting.loop import Course, Loop, start
 from mechicl.training.adapting.measure import Probe
 from mechicl.training.organisms import save

@@ -31,6 +31,9 @@ class KeptFolder:
         OutputPathError: it cannot be written, holds other files, or another process is at work in it.
     """
 
+    out: Path
+    held: Hold
+
     plan: str
     lines: str
     what: str

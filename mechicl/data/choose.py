@@ -39,6 +39,8 @@ def n_coins(task: Task) -> int:
 class Coins:
     """A row of coins, handed out from the left."""
 
+    coins: Tensor
+
     def __init__(self, coins: Tensor) -> None:
         self.coins, self.used = coins, 0
 

@@ -91,6 +91,9 @@ class VLICLReport:
 class Bad(Exception):
     """A row that cannot be used; becomes a `Problem`."""
 
+    kind: str
+    what: str
+
     def __init__(self, kind: str, what: str) -> None:
         super().__init__(what)
         self.kind, self.what = kind, what

@@ -38,6 +38,12 @@ def pool(parts: Sequence[ScoredSetting], shape: tuple[int, int]) -> tuple[dict[s
 class Halves:
     """Episodes of a setting: `functions` functions for finding heads, as many others for switching them off."""
 
+    n: int
+    functions: int
+    classes: int
+    size: int
+    seed: int
+
     def __init__(self, n: int, functions: int, classes: int, size: int, seed: int) -> None:
         self.n, self.functions, self.classes, self.size, self.seed = n, functions, classes, size, seed
 

@@ -114,7 +114,7 @@ class Bench:
             "train": read_lexicon(self.renderer, [w for k, w in enumerate(words) if k % 8]),
             "held_out": read_lexicon(self.renderer, words[::8]),
         }
-        self.alphabet = torch.tensor(sorted({t for few in self.lexicons["train"].labels for t in few}))
+        self.alphabet: Tensor = torch.tensor(sorted({t for few in self.lexicons["train"].labels for t in few}))
 
     def skeleton(self, shape: Shape) -> Skeleton:
         """The shape's skeleton, rendered the first time it is asked for."""

@@ -10,17 +10,17 @@ from typing import Any
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", Arial, sans-serif'
 
 # Blue (below zero) - paper - orange (above zero): told apart with every common colour deficiency, and by lightness from the middle.
-DIVERGING = [
+DIVERGING: list[list[Any]] = [
     [0.0, "#08306b"], [0.125, "#2166ac"], [0.25, "#67a3cf"], [0.375, "#bcd7ea"], [0.5, "#f6f5f2"],
     [0.625, "#fbd9b8"], [0.75, "#f19a56"], [0.875, "#c9540f"], [1.0, "#7a2d04"],
 ]  # fmt: skip
-DIVERGING_DARK = [
+DIVERGING_DARK: list[list[Any]] = [
     [0.0, "#a6d0f2"], [0.125, "#5fa8e0"], [0.25, "#2f73ad"], [0.375, "#24486a"], [0.5, "#20252c"],
     [0.625, "#5c3a1e"], [0.75, "#a85a1c"], [0.875, "#ee8c37"], [1.0, "#ffd3a1"],
 ]  # fmt: skip
 # A share of attention, 0 to 1: one hue, lightness carries the number.
-SEQUENTIAL = [[0.0, "#f8f7f4"], [0.15, "#dfe7ef"], [0.4, "#8fb7d8"], [0.7, "#2f79b5"], [1.0, "#08306b"]]
-SEQUENTIAL_DARK = [[0.0, "#1d2229"], [0.15, "#24384c"], [0.4, "#2b679b"], [0.7, "#5fa8e0"], [1.0, "#d5e9fa"]]
+SEQUENTIAL: list[list[Any]] = [[0.0, "#f8f7f4"], [0.15, "#dfe7ef"], [0.4, "#8fb7d8"], [0.7, "#2f79b5"], [1.0, "#08306b"]]
+SEQUENTIAL_DARK: list[list[Any]] = [[0.0, "#1d2229"], [0.15, "#24384c"], [0.4, "#2b679b"], [0.7, "#5fa8e0"], [1.0, "#d5e9fa"]]
 
 INTACT = "#2f78bd"
 CHOSEN = "#cf5a14"

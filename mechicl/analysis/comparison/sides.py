@@ -45,7 +45,10 @@ class Asked:
 class SideStore(KeptFolder):
     """The folder of a comparison: what was asked, and one line for each side that is measured."""
 
-    plan, lines, what, finished = "compare.json", "sides.jsonl", "comparison", "sides"
+    plan: str = "compare.json"
+    lines: str = "sides.jsonl"
+    what: str = "comparison"
+    finished: str = "sides"
 
     def load(self) -> dict[int, Side]:
         """Finished sides by number."""

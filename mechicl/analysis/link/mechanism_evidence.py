@@ -39,7 +39,10 @@ PIXELS = 64_000_000
 class EvidenceFolder(KeptFolder):
     """The folder of one comparison."""
 
-    plan, lines, what, finished = PLAN, LINES, "comparison", "models and grafts"
+    plan: str = PLAN
+    lines: str = LINES
+    what: str = "comparison"
+    finished: str = "models and grafts"
 
     def load(self) -> dict[tuple[str, ...], dict[str, Any]]:
         """Finished lines by their keys."""

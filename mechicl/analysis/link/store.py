@@ -40,7 +40,10 @@ def digest(episodes: Sequence[Episode]) -> str:
 class AnswerStore(KeptFolder):
     """The folder of one evaluation."""
 
-    plan, lines, what, finished = PLAN, ANSWERS, "evaluation", "batches"
+    plan: str = PLAN
+    lines: str = ANSWERS
+    what: str = "evaluation"
+    finished: str = "batches"
 
     def load(self) -> dict[tuple[str, int], Asked]:
         """Finished answers by (setting, row)."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from mechicl.analysis.labels import answers_of, margins, n_blocks, widen
 from mechicl.analysis.margin.read import Keys, exemplar_tokens
 from mechicl.errors import EmptySpanError
+from mechicl.models.resuming.cells import Recorded
 from mechicl.models.resuming.resume import Cell, record, run_cells
 from mechicl.prompts.batch import Batch
 from mechicl.results import Head
@@ -41,6 +42,17 @@ class Push:
 
 class Pushed:
     """One batch, widened by its candidates: the untouched run, and every push."""
+
+    model: Any
+    batch: Batch
+    heads: Sequence[Head]
+    blocks: int
+    wide: Batch
+    positions: Tensor
+    right: Tensor
+    known: Tensor
+    recorded: Recorded
+    notes: list[str]
 
     def __init__(self, model: Any, batch: Batch, heads: Sequence[Head], part: Moved, keys: Keys, engine: Engine) -> None:
         self.model, self.batch, self.heads, self.part, self.engine = model, batch, heads, part, engine

@@ -31,6 +31,13 @@ class Base:
         batch_size: Prompts that a full run takes at once.
     """
 
+    model: Any
+    batch: Batch
+    positions: Tensor
+    together: int
+    logits: Tensor
+    kept: dict[str, Tensor]
+
     def __init__(self, model: Any, batch: Batch, positions: Tensor, hooks: Sequence[str], engine: Engine, batch_size: int) -> None:
         self.model, self.batch, self.positions, self.together = model, batch, positions, max(1, batch_size // batch.n)
         self.recorded: Recorded | None = None

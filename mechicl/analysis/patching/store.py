@@ -56,7 +56,10 @@ def _bytes(value: Tensor) -> bytes:
 class Store(KeptFolder):
     """The folder of one sweep."""
 
-    plan, lines, what, finished = PLAN, CELLS, "sweep", "cells"
+    plan: str = PLAN
+    lines: str = CELLS
+    what: str = "sweep"
+    finished: str = "cells"
 
     def load(self, raw: Mapping[str, np.ndarray]) -> int:
         """Fill arrays [batch, *axes] with the cells that are finished; returns how many numbers were read."""

@@ -34,6 +34,15 @@ class HeadReading:
         written: What was kept at the positions, with `points` of this layer among it.
     """
 
+    layer: int
+    head: int
+    model: Any
+    written: Written
+    group: int
+    q: Tensor | None
+    k: Tensor | None
+    norm: FrozenNorm
+
     def __init__(self, model: Any, head: Head, written: Written) -> None:
         self.layer, self.head = head
         self.model, self.written = model, written
@@ -112,6 +121,10 @@ class HeadReading:
 
 class FrozenHeadNorm:
     """The norm of queries or keys as a factor for each coordinate; over each head's coordinates, or over all heads' together, as its weight says."""
+
+    together: bool
+    eps: float
+    weight: Tensor
 
     def __init__(self, norm: Any, plain: Tensor, dtype: torch.dtype) -> None:
         weight = next(norm.parameters())

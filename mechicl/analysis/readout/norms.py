@@ -25,6 +25,8 @@ class FrozenNorm:
         UnsupportedModelError: it is neither a root-mean-square norm nor a toy's LayerNorm.
     """
 
+    centre: bool
+
     def __init__(self, norm: Any, d_model: int, like: Tensor, name: str) -> None:
         self.weight: Tensor | None = None if norm is None else norm.w.detach().float()
         self.centre = isinstance(norm, ToyNorm) and norm.centred

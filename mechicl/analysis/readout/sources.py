@@ -26,6 +26,8 @@ class Sources:
         batch: The prompts that will run.
     """
 
+    model: Any
+
     def __init__(self, model: Any, batch: Batch) -> None:
         self.model, self.masks = model, kind_masks(batch)
         self.values: dict[int, Tensor] = {}
@@ -99,6 +101,8 @@ class Reads:
 
     `split[layer]` [batch, n, head, group, d_head]; `rows[layer]` [batch, head, src], the first position's attention.
     """
+
+    layers: list[int]
 
     def __init__(self, model: Any, batch: Batch, positions: Int[Tensor, "batch n"], layers: int) -> None:
         self.layers = [k for k in range(layers) if f"blocks.{k}.attn.hook_v" in model.hook_dict]

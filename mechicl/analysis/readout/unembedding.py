@@ -29,6 +29,10 @@ class Unembedding:
         UnsupportedModelError: the logits are not the final norm's output times a matrix (an MLP classifier, another norm).
     """
 
+    model: Any
+    cap: float | None
+    norm: FrozenNorm
+
     def __init__(self, model: Any) -> None:
         cfg = model.cfg
         if getattr(cfg, "classifier", "linear") != "linear":

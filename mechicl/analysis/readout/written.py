@@ -67,6 +67,10 @@ class Written:
         layers: How many layers to follow; default all.
     """
 
+    model: Any
+    positions: Int[Tensor, "batch n"]
+    n_layers: int
+
     def __init__(self, model: Any, positions: Int[Tensor, "batch n"], *, by: By | str = "component", layers: int | None = None) -> None:
         check_by(model, by)
         self.model, self.positions, self.by = model, positions, by

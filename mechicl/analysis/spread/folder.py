@@ -24,7 +24,10 @@ from mechicl.errors import CheckpointError
 class ShardFolder(KeptFolder):
     """Where a crew keeps its parts."""
 
-    plan, lines, what, finished = "spread.json", "shards.jsonl", "crew", "shards"
+    plan: str = "spread.json"
+    lines: str = "shards.jsonl"
+    what: str = "crew"
+    finished: str = "shards"
 
     def load(self, key: str) -> Mapping[int, Part]:
         """The finished shards of a job.

@@ -34,6 +34,8 @@ class RayHands(Hands):
         OptionError: Ray is not installed, there is no cluster at the address, or it has too little room for one worker.
     """
 
+    ours: bool
+
     def __init__(self, source: Mapping[str, Any], *, workers: int, address: str | None = None, threads: int = 1) -> None:
         if workers < 1 or threads < 1:
             raise OptionError(f"workers and threads must be at least 1; got {workers} and {threads}. 0 workers work without Ray.")
@@ -108,6 +110,9 @@ class RayHands(Hands):
 
 class Worker:
     """On a node: a model, and what is done with it. It is loaded at the first call, so that a refusal comes back as what it is."""
+
+    source: Mapping[str, Any]
+    threads: int
 
     def __init__(self, source: Mapping[str, Any], threads: int) -> None:
         self.source, self.threads, self._model = source, threads, None

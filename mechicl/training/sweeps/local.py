@@ -35,6 +35,11 @@ Job = tuple[Cell, ...]
 class Worker:
     """One worker process, its group in flight, and a thread that puts what it says into the common queue."""
 
+    name: str
+    log: Path
+    process: subprocess.Popen
+    tries: int
+
     def __init__(
         self, name: str, command: Sequence[str], environment: dict[str, str], log: Path, said: queue.Queue[tuple[Worker, str | None]]
     ) -> None:

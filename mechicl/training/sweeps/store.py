@@ -35,6 +35,9 @@ OWN = (".lock", "cells", "failed", "logs", "models")
 class Store:
     """The folder of one sweep, open for its only driver."""
 
+    out: Path
+    models: Path
+
     def __init__(self, out: str | os.PathLike[str], spec: Spec, cells: Sequence[Cell]) -> None:
         """Make the folder, or open a sweep's.
 
@@ -43,7 +46,7 @@ class Store:
         """
         self.out = Path(out)
         self.spec = spec
-        self.cells = {cell.id: cell for cell in cells}
+        self.cells: dict[str, Cell] = {cell.id: cell for cell in cells}
         self.before = {cell.before.id: cell.before for cell in cells if cell.before is not None}
         self.models = self.out.absolute() / "models"
         self.names = axis_names(spec)

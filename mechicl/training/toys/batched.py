@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mechicl.errors import OptionError
-from mechicl.models.toys.model import classify_with
+from mechicl.models.toys.model import ToyTransformer, classify_with
 from mechicl.training.toys.feed import Work
 from mechicl.training.toys.recipe import ToyRecipe, together_key
 
@@ -34,6 +34,8 @@ def learnable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 class Alone:
     """One model."""
+
+    models: list[ToyTransformer]
 
     def __init__(self, model: Any, recipe: ToyRecipe, *, compile: bool = False) -> None:  # noqa: A002
         self.models = [model]
@@ -81,6 +83,9 @@ class Batched:
     Raises:
         OptionError: recipes that cannot be trained together.
     """
+
+    models: list[ToyTransformer]
+    recipes: list[ToyRecipe]
 
     def __init__(self, models: Sequence[Any], recipes: Sequence[ToyRecipe], *, compile: bool = False) -> None:  # noqa: A002
         if len({together_key(r) for r in recipes}) > 1:

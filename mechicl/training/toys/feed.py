@@ -44,6 +44,9 @@ def generator(device: torch.device | str | None, *names: object) -> Generator:
 class Feed:
     """The training batches of several recipes of the same shapes, one model each."""
 
+    cfg: Any
+    device: torch.device | str | None
+
     def __init__(self, recipes: Sequence[ToyRecipe], cfg: Any, device: torch.device | str | None = None) -> None:
         self.recipes, self.cfg, self.device = list(recipes), cfg, device
         # novel classes are redrawn with every draw, and pictures are large: then a block is one batch

@@ -35,6 +35,8 @@ KIND = "toy training"
 class ToyFolder:
     """The folder of one toy training."""
 
+    path: Path
+
     def __init__(self, run: Run) -> None:
         self.run = run
         self.path = run.folder
