@@ -117,7 +117,7 @@ def test_knocking_out_every_head_of_the_last_layer_is_zeroing_its_output_project
     assert not np.allclose(found.intact.margins, plain.margins, atol=5e-3)  # more than twice the tolerance above
 
 
-@pytest.mark.parametrize("family", [*UNLIKE, *OWN_TOKENS])
+@pytest.mark.parametrize("family", [*UNLIKE, *(pytest.param(family, marks=pytest.mark.slow) for family in OWN_TOKENS)])
 def test_patching_resumed_equals_whole_runs_or_the_site_is_refused_by_name(family: str) -> None:
     model = hooked(family)
     pairs = minimal_pairs(model.renderer, episodes(), "swap_labels")
