@@ -102,6 +102,9 @@ def test_a_share_below_zero_is_not_cut_off() -> None:
     lowest = min(min(trace.y) for trace in figure.data if "markers" in trace.mode)
     assert lowest < -0.1
     assert figure.layout.yaxis.range[0] == figure.layout.yaxis2.range[0] == pytest.approx(lowest - 0.03)
+    below = runs_estimate(np.array([-0.10, -0.08, -0.06]), unit="probability")
+    assert below.low < below.value < below.high < 0  # the interval holds its mean
+    assert runs_estimate(np.array([0.0, 0.1, 0.05]), unit="probability").low == 0
 
 
 def test_a_sweep_of_two_measures_in_panels_and_over_words() -> None:

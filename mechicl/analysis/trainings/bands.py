@@ -62,11 +62,11 @@ def over_runs(
 
 
 def runs_estimate(values: Sequence[float] | np.ndarray, *, unit: str, method: Interval = "student", seed: int = 0) -> Estimate:
-    """The mean over runs with its 95 % interval; n counts runs. A probability's interval is cut at 0 and 1."""
+    """The mean over runs with its 95 % interval; n counts runs. A probability's interval is cut at 0 and 1, unless runs lie outside (accuracy above copying may)."""
     array = np.asarray(values, dtype=np.float64)
     array = array[np.isfinite(array)]
     mean, low, high = (float(x) for x in over_runs(array, method, seed=seed))
-    if unit == "probability":
+    if unit == "probability" and not ((array < 0) | (array > 1)).any():
         low, high = max(low, 0.0) if low == low else low, min(high, 1.0) if high == high else high
     return Estimate(mean, low, high, len(array), unit, WORDS[method])
 
