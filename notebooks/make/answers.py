@@ -91,7 +91,7 @@ figure = plot(curve)
 figure.write_html(figures / "08_circuit.html", include_plotlyjs="directory")
 figure""",
     """
-The two circuits are one: they meet in the last layer's heads, one brings the query's picture to their queries, the other the exemplars' pictures to their keys.""",
+The two circuits meet in the last layer's heads: one brings the query's picture to their queries, the other the exemplars' pictures to their keys. How much they share, beside what chance would:""",
     """>>>
 for level in ("node", "edge"):
     overlap = compare_circuits(circuits["query"], circuits["exemplars"], level=level)
