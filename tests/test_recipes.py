@@ -56,6 +56,46 @@ def test_the_new_task_is_learnt_from_its_examples_and_not_without() -> None:
     assert [e.answer for e in space["patterns"](4)] == [e.answer for e in space["patterns"](8)[:4]]
 
 
+def test_the_new_task_is_on_the_command_line() -> None:
+    from typer.testing import CliRunner
+
+    from mechicl.cli import app
+    from mechicl.data import tasks
+
+    run("A new task")
+    wanted = ["heads", "--task", "patterns", "-n", "4", "--shots", "1", "--top", "1", "-q"]
+    shown = CliRunner().invoke(app, wanted)
+    assert shown.exit_code == 0, shown.output
+    assert "induction" in shown.output
+    refused = CliRunner().invoke(app, [*wanted, "--size", "40"])
+    assert refused.exit_code == 2
+    assert "size must be left out for patterns" in refused.output
+    missing = CliRunner().invoke(app, ["heads", "--task", "cats"])
+    assert "task must be one of concepts, digits, own" in missing.output
+    assert "patterns" in missing.output
+    assert "patterns: nine squares, black or white" in tasks.described()
+    with pytest.raises(OptionError, match="name must be new; mechicl brings a task 'concepts' along"):
+        tasks.register("concepts", run("A new task")["patterns"])
+
+
+def test_an_installed_package_brings_its_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mechicl.data import tasks
+
+    info = tmp_path / "theirs-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[mechicl.tasks]\nstripes = their_tasks:stripes\n")
+    (tmp_path / "their_tasks.py").write_text('def stripes(n, *, shots):\n    """Stripes, thin or thick."""\n    return [shots] * n\n')
+    assert "stripes" not in tasks.names()
+    monkeypatch.setattr(tasks, "_KNOWN", dict(tasks._KNOWN))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "stripes" in tasks.names()
+    assert "stripes" in tasks.described()
+    task = tasks.named("stripes")
+    assert task.about == "Stripes, thin or thick"
+    assert task.episodes(2, classes=4, shots=3, seed=0) == [3, 3]
+
+
 def test_the_new_figure_shows_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     space = run("A new figure")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from typer.core import TyperGroup
@@ -37,20 +38,22 @@ class Commands(TyperGroup):
             raise typer.Exit(2) from error
 
 
-app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
+app: typer.Typer = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
                   help="Find and prove the in-context-learning circuit of a vision-language model.")  # fmt: skip
-training = typer.Typer(no_args_is_help=True, help="Train small models that learn from the examples in their prompt.")
+training: typer.Typer = typer.Typer(no_args_is_help=True, help="Train small models that learn from the examples in their prompt.")
 app.add_typer(training, name="train")
-evaluation = typer.Typer(no_args_is_help=True, help="Evaluate a model on a published protocol.")
+evaluation: typer.Typer = typer.Typer(no_args_is_help=True, help="Evaluate a model on a published protocol.")
 app.add_typer(evaluation, name="eval")
-sets = typer.Typer(no_args_is_help=True, help="Write small data sets in published layouts, and look data through.")
+sets: typer.Typer = typer.Typer(no_args_is_help=True, help="Write small data sets in published layouts, and look data through.")
 app.add_typer(sets, name="data")
-study = typer.Typer(no_args_is_help=True, help="Run a whole study: one command, one folder, one page.")
+study: typer.Typer = typer.Typer(no_args_is_help=True, help="Run a whole study: one command, one folder, one page.")
 app.add_typer(study, name="study")
 
 
 def command(group: typer.Typer, function: Callable[..., None], name: str | None = None) -> None:
     """Add a command to a group. Every command takes --debug, and one that has --model also takes the model as its only argument.
+
+    A parameter that is a dataclass (`options.Source`, `options.Prompts`) stands for its fields, an option each; its default is theirs.
 
     Args:
         group: `app`, or one of its groups.
@@ -58,7 +61,9 @@ def command(group: typer.Typer, function: Callable[..., None], name: str | None 
         name: Of the command; by default the function's.
     """
     signature = inspect.signature(function, eval_str=True)
-    by_name = "model" in signature.parameters and signature.parameters["model"].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    groups = {name: part.annotation for name, part in signature.parameters.items() if dataclasses.is_dataclass(part.annotation)}
+    options = [option for part in signature.parameters.values() for option in _options(part)]
+    by_name = any(option.name == "model" for option in options)
 
     @functools.wraps(function)
     def run(**given: Any) -> None:
@@ -67,16 +72,29 @@ def command(group: typer.Typer, function: Callable[..., None], name: str | None 
             state.find_root().params["debug"] = True
         if arguments:
             given["model"] = _one_model(state, arguments, given["model"])
+        for name, group in groups.items():
+            given[name] = group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
         function(**given)
 
     def keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
 
-    own = [part.replace(kind=inspect.Parameter.KEYWORD_ONLY) for part in signature.parameters.values()]
+    own = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options]
     shared = [keyword("debug_here", DebugHere, False), *([keyword("argument", Argument, None)] if by_name else [])]
     state = keyword("state_of_parsing", typer.Context, inspect.Parameter.empty)
     run.__signature__ = signature.replace(parameters=[state, *own, *shared])  # type: ignore[attr-defined]
     group.command(name)(run)
+
+
+def _options(part: inspect.Parameter) -> list[inspect.Parameter]:
+    """A parameter's options: those of a group's fields, or its own."""
+    if not dataclasses.is_dataclass(part.annotation):
+        return [part]
+    hints = get_type_hints(part.annotation, include_extras=True)
+    return [
+        part.replace(name=field.name, annotation=hints[field.name], default=getattr(part.default, field.name))
+        for field in dataclasses.fields(part.annotation)
+    ]
 
 
 def _check_argument(given: list[str] | None) -> list[str] | None:

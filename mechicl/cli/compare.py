@@ -8,21 +8,21 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mechicl.cli.options import (
+    AnyClasses,
+    AnySize,
     BatchSize,
-    Classes,
+    DataSource,
     Device,
     Dtype,
     Episodes,
     Quiet,
     Seed,
     Shots,
-    Size,
     TaskName,
     Trust,
+    asked,
     check_folder,
-    draw_episodes,
     one_of,
-    task_name,
     write_text,
 )
 from mechicl.errors import OptionError
@@ -43,14 +43,15 @@ def compare(
         list[str] | None, typer.Option("--model", "-m", help="The same as an argument; give it twice.", rich_help_panel="Model")
     ] = None,
     task: TaskName = "concepts",
+    data: DataSource = None,
     modality: Annotated[
         Modality,
         typer.Option(help="What both are shown; both: pictures to the first, the same in words to the second.", rich_help_panel="Episodes"),
     ] = "pictures",
     episodes: Episodes = 64,
-    classes: Classes = 4,
+    classes: AnyClasses = None,
     shots: Shots = 2,
-    size: Size = 56,
+    size: AnySize = None,
     seed: Seed = 0,
     scores: Annotated[str | None, typer.Option(help="Head scores, separated by commas; the first one leads.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Heads at the top of each that are compared.")] = 10,
@@ -70,7 +71,8 @@ def compare(
         wanted = wanted if wanted is None or improve in wanted else (*wanted, improve)
     folder = check_folder(out)
     model_a, model_b = _two([*(models or ()), *(named or ())])
-    shown = draw_episodes(task, episodes, classes, shots, size, seed)
+    prompts = asked(task, data, episodes, classes, shots, size, seed)
+    shown = prompts.draw()
     from mechicl.analysis.comparison.compare import COMPARED
     from mechicl.analysis.comparison.compare import compare as side_by_side
     from mechicl.analysis.comparison.words import in_words
@@ -79,7 +81,7 @@ def compare(
     chosen = wanted or (*COMPARED, *(() if improve is None or improve in COMPARED else (improve,)))
     result = side_by_side(
         model_a, model_b, told if modality == "words" else shown, episodes_b=told if modality == "both" else None, scores=chosen, top=top, align=align, seed=seed,
-        batch_size=batch_size, task=task_name(task, classes, shots), out=folder, progress=not quiet,
+        batch_size=batch_size, task=prompts.name, out=folder, progress=not quiet,
         load_options={"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code},
     )  # fmt: skip
     typer.echo("score             top  shared  by chance        p   rank correlation")
@@ -105,13 +107,14 @@ def series(
     ] = None,
     revisions: Annotated[str | None, typer.Option(help="Of a hub model, separated by commas: step1000,step2000 or main=3000.")] = None,
     task: TaskName = "concepts",
+    data: DataSource = None,
     modality: Annotated[
         Literal["pictures", "words"], typer.Option(help="What the model is shown.", rich_help_panel="Episodes")
     ] = "pictures",
     episodes: Episodes = 64,
-    classes: Classes = 4,
+    classes: AnyClasses = None,
     shots: Shots = 2,
-    size: Size = 56,
+    size: AnySize = None,
     seed: Seed = 0,
     scores: Annotated[str | None, typer.Option(help="Head scores, separated by commas.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Heads of the last checkpoint that are followed.")] = 4,
@@ -128,14 +131,15 @@ def series(
     folder = check_folder(out)
     if model is None:
         raise OptionError("model must be given; got none. E.g. mechicl series runs/checkpoints, or --model.")
-    shown = draw_episodes(task, episodes, classes, shots, size, seed)
+    prompts = asked(task, data, episodes, classes, shots, size, seed)
+    shown = prompts.draw()
     from mechicl.analysis.comparison.checkpoints import series as follow
     from mechicl.analysis.comparison.words import in_words
     from mechicl.analysis.trainings.growth import GROWN
 
     result = follow(
         model, in_words(shown, seed=seed) if modality == "words" else shown, revisions=named, scores=wanted or GROWN, top=top, seed=seed, batch_size=batch_size,
-        task=task_name(task, classes, shots), out=folder, progress=not quiet, load_options={"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code},
+        task=prompts.name, out=folder, progress=not quiet, load_options={"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code},
     )  # fmt: skip
     table = result.series
     typer.echo("measure" + " " * 35 + "".join(f"{step:>9}" for step in table.steps))

@@ -7,21 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mechicl.cli.options import (
-    BatchSize,
-    Device,
-    Dtype,
-    Model,
-    Quiet,
-    Revision,
-    Seed,
-    Size,
-    Trust,
-    check_folder,
-    load_model,
-    one_of,
-    write_text,
-)
+from mechicl.cli.options import BatchSize, Quiet, Seed, Size, Source, check_folder, one_of, write_text
 from mechicl.errors import OptionError
 
 PROTOCOLS = ("isekai-10", "isekai-pair", "class-folders")
@@ -38,7 +24,7 @@ HeldOut = Annotated[Path | None, typer.Option(help="A list of held-out classes, 
 
 
 def lcl(
-    model: Model = "demo",
+    source: Source = Source(),
     data: Data = "generated",
     protocol: Protocol = "isekai-10",
     shots: Shots = "0,1,2,4,8,16",
@@ -57,10 +43,6 @@ def lcl(
     rule: Annotated[str, typer.Option(help='published: the both-names rule. longest: "cactus boxer" never counts as "cactus".')] = "published",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A folder for answers, tables and an HTML page; the same command goes on where it was.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
     batch_size: BatchSize = 8,
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
@@ -72,7 +54,7 @@ def lcl(
     if renamed is not None:
         one_of("renamed", renamed, ("swap", "outside", "novel"))
     counts, folder = parse_shots(shots), check_folder(out)
-    bundled = model == "demo"
+    bundled = source.model == "demo"
     found, given = read_data(data, protocol, max(*counts, at if corruption or position else 1), held_out, size, seed)
     if given and labels not in ("auto", "own"):
         raise OptionError(f"labels must be own for a published list, which names its classes; got {labels!r}. Leave --labels away.")
@@ -93,7 +75,7 @@ def lcl(
     from mechicl.analysis.link.evaluate import evaluate_link, link_cost, link_questions
     from mechicl.analysis.link.prior import informative_position, label_corruption
 
-    loaded = load_model(model, device, dtype, revision, trust_remote_code, quiet)
+    loaded = source.load(quiet)
     common: dict[str, Any] = {"generate": write, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
     if dry_run or not quiet:
         typer.echo(str(link_cost(loaded, found, shots=counts, **asked, **common)), err=True)
@@ -111,7 +93,7 @@ def lcl(
     if renamed is not None:
         results.append(_renamed(loaded, found, counts, renamed, asked, _part(folder, "renamed"), common))
     if folder is not None:
-        line = f"mechicl eval lcl --model {model} --data {data} --protocol {protocol} --shots {shots} --questions {questions} --labels {kind} --size {size} --seed {seed}"
+        line = f"mechicl eval lcl --model {source.model} --data {data} --protocol {protocol} --shots {shots} --questions {questions} --labels {kind} --size {size} --seed {seed}"
         line += "" if renamed is None else f" --renamed {renamed}"
         line += "".join(
             f" --{name}" for name, wanted in (("corruption", corruption), ("position", position), ("likelihood", not write)) if wanted

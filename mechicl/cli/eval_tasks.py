@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from mechicl.cli.eval import parse_shots
-from mechicl.cli.options import BatchSize, Device, Dtype, Model, Quiet, Revision, Seed, Trust, check_folder, load_model, one_of, write_text
+from mechicl.cli.options import BatchSize, Quiet, Seed, Source, check_folder, one_of, write_text
 from mechicl.errors import OptionError
 
 Data = Annotated[str, typer.Option(help='The benchmark\'s folder, or "generated": small sets in its layout, made for this run.', rich_help_panel="Episodes")]  # fmt: skip
@@ -20,7 +20,7 @@ Said = Annotated[str, typer.Option("--description", help="How much the instructi
 
 
 def tasks(
-    model: Model = "demo",
+    source: Source = Source(),
     data: Data = "generated",
     task: Tasks = "all",
     shots: Annotated[str, typer.Option(help="As the benchmark counts them, separated by commas; 0 is always run.", rich_help_panel="Episodes")] = "0,1,2,4",
@@ -30,10 +30,6 @@ def tasks(
     seed: Seed = 0,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; by default the longest candidate and 16 more (the release: 15).")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A folder for answers, tables and an HTML page; the same command goes on where it was.")] = None,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
     batch_size: BatchSize = 8,
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
@@ -47,7 +43,7 @@ def tasks(
             one.episodes(
                 queries and min(queries, len(one.queries)), shots=max(counts), seed=seed
             )  # what cannot be drawn is refused before a model is loaded
-        loaded = load_model(model, device, dtype, revision, trust_remote_code, quiet)
+        loaded = source.load(quiet)
         from mechicl.analysis.written_answers import written_answers
 
         if folder is not None:
@@ -62,7 +58,7 @@ def tasks(
     for result in results:
         _list(result)
     if folder is not None:
-        asked = f"mechicl eval tasks --model {model} --data {data} --task {task} --shots {shots}{f' --queries {queries}' if queries else ''} --description {description}{f' --size {size}' if size else ''} --seed {seed} --out {folder.name}"  # fmt: skip
+        asked = f"mechicl eval tasks --model {source.model} --data {data} --task {task} --shots {shots}{f' --queries {queries}' if queries else ''} --description {description}{f' --size {size}' if size else ''} --seed {seed} --out {folder.name}"  # fmt: skip
         _write(folder, results, asked)
 
 

@@ -7,45 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from mechicl.cli.options import (
-    AnyClasses,
-    AnySize,
-    BatchSize,
-    DataSource,
-    Device,
-    Dtype,
-    Episodes,
-    Model,
-    Off,
-    Quiet,
-    Revision,
-    Seed,
-    Shots,
-    TaskName,
-    Trust,
-    asked,
-    load_model,
-    write_text,
-)
+from mechicl.cli.options import BatchSize, Off, Prompts, Quiet, Source, write_text
 from mechicl.cli.workers import Kept, RayAddress, Workers, model_or_crew
 from mechicl.errors import OptionError
 
 
 def heads(
-    model: Model = "demo",
-    task: TaskName = "concepts",
-    data: DataSource = None,
-    episodes: Episodes = 64,
-    classes: AnyClasses = None,
-    shots: Shots = 2,
-    size: AnySize = None,
-    seed: Seed = 0,
+    source: Source = Source(),
+    given: Prompts = Prompts(),
     top: Annotated[int, typer.Option(min=1, help="Heads to list per score.")] = 5,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write every score of every head as CSV.")] = None,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
     batch_size: BatchSize = 8,
     workers: Workers = 0,
     ray_address: RayAddress = None,
@@ -56,12 +27,12 @@ def heads(
     from mechicl.views.report import check_writable
 
     target = check_writable(out) if out is not None else None
-    prompts = asked(task, data, episodes, classes, shots, size, seed)
+    prompts = given.asked()
     few = prompts.draw()
-    with model_or_crew(model, device, dtype, revision, trust_remote_code, quiet, workers=workers, address=ray_address, kept=kept) as loaded:
+    with model_or_crew(source, quiet, workers=workers, address=ray_address, kept=kept) as loaded:
         from mechicl.analysis.heads.scoring import score_heads
 
-        scores = score_heads(loaded, few, seed=seed, batch_size=batch_size, task=prompts.name, progress=not quiet)
+        scores = score_heads(loaded, few, seed=given.seed, batch_size=batch_size, task=prompts.name, progress=not quiet)
     typer.echo("score                   head     value  95 % interval     null   p (Holm)")
     for name, score in scores.scores.items():
         for layer, head in score.top(top):
@@ -81,20 +52,10 @@ def ablate(
     chosen: Annotated[str | None, typer.Option("--heads", help="Heads as layer.head, e.g. 1.3,1.4, counted from 0.")] = None,
     top: Annotated[int | None, typer.Option(min=1, help="The best heads by --by, ranked on other episodes.")] = None,
     by: Annotated[str, typer.Option(help="The score that ranks --top.")] = "induction",
-    model: Model = "demo",
-    task: TaskName = "concepts",
-    data: DataSource = None,
-    episodes: Episodes = 64,
-    classes: AnyClasses = None,
-    shots: Shots = 2,
-    size: AnySize = None,
-    seed: Seed = 0,
+    source: Source = Source(),
+    given: Prompts = Prompts(),
     how: Off = "mean",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write every accuracy as CSV.")] = None,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
     batch_size: BatchSize = 8,
     workers: Workers = 0,
     ray_address: RayAddress = None,
@@ -112,15 +73,15 @@ def ablate(
     target = check_writable(out) if out is not None else None
     if top is not None:
         _check_score(by)
-    prompts = asked(task, data, episodes, classes, shots, size, seed, by_label=top is not None)
+    prompts = given.asked(by_label=top is not None)
     few = prompts.draw(times=2 if top else 1)
-    with model_or_crew(model, device, dtype, revision, trust_remote_code, quiet, workers=workers, address=ray_address, kept=kept) as loaded:
+    with model_or_crew(source, quiet, workers=workers, address=ray_address, kept=kept) as loaded:
         from mechicl.analysis.ablation.ablate import ablate as switch_off
         from mechicl.analysis.heads.scoring import score_heads
         from mechicl.views.story import against_random, percent, points
         from mechicl.views.tables import ablation_frame
 
-        common: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "task": prompts.name, "progress": not quiet}
+        common: dict[str, Any] = {"seed": given.seed, "batch_size": batch_size, "task": prompts.name, "progress": not quiet}
         if top is not None:
             scores = score_heads(loaded, few[::2], scores=(by,), **common)
             wanted, few = tuple(scores.top(by, top)), few[1::2]
@@ -140,14 +101,10 @@ def ablate(
 
 
 def doctor(
-    model: Model = "demo",
-    device: Device = None,
-    dtype: Dtype = "auto",
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
+    source: Source = Source(),
 ) -> None:
     """Is this model, on this machine, in this dtype, safe to draw conclusions from? Exit code 1 if a check fails."""
-    loaded = load_model(model, device, dtype, revision, trust_remote_code, quiet=True, check=False)
+    loaded = source.load(True, check=False)
     from mechicl.models.doctor import diagnose
 
     checks = diagnose(loaded)

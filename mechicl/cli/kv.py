@@ -7,27 +7,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from mechicl.cli.options import (
-    AnyClasses,
-    AnySize,
-    BatchSize,
-    DataSource,
-    Device,
-    Dtype,
-    Episodes,
-    Model,
-    Quiet,
-    Revision,
-    Seed,
-    Shots,
-    TaskName,
-    Trust,
-    asked,
-    check_folder,
-    load_model,
-    one_of,
-    write_text,
-)  # fmt: skip
+from mechicl.cli.options import BatchSize, Prompts, Quiet, Source, check_folder, one_of, write_text
 from mechicl.errors import EpisodeError
 
 CONTROLS = ("filler", "zero-shot", "both")
@@ -42,34 +22,24 @@ def kv(
     format: Annotated[str, typer.Option(help="How --factors changes the form: label first, template, separators, option markers, swapped, one turn, pictures first.")] = "label first",  # noqa: A002
     margin: Annotated[bool, typer.Option("--margin", help="Also ask whether the query is nearer to examples of its own label, and whether that tells right answers.")] = False,
     similarity: Annotated[bool, typer.Option("--similarity", help="Also ask whether examples like the query shift more.")] = False,
-    model: Model = "demo",
-    task: TaskName = "concepts",
-    data: DataSource = None,
-    episodes: Episodes = 32,
-    classes: AnyClasses = None,
-    shots: Shots = 2,
-    size: AnySize = None,
-    seed: Seed = 0,
+    source: Source = Source(),
+    given: Prompts = Prompts(episodes=32),
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A folder for the tables and an HTML page.")] = None,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
     batch_size: BatchSize = 8,
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Compare keys and values of the query with and without the examples: how far they move, by what, and what that says about the answers."""
     named = _check(control, filler, spans, semantics, format)
     folder = check_folder(out)
-    prompts = asked(task, data, episodes, classes, shots, size, seed, by_label=margin)
+    prompts = given.asked(by_label=margin)
     few = prompts.draw()
-    loaded = load_model(model, device, dtype, revision, trust_remote_code, quiet)
+    loaded = source.load(quiet)
     from mechicl.analysis.shift.story import KVPlan, examples_story, kv_cost
 
     plan = KVPlan(control=control, filler=filler, spans=named, semantics=semantics, format=format, shares=factors, margin=margin, similarity=similarity,  # type: ignore[arg-type]
-                  most_shift=episodes, most_shares=episodes, most_margin=episodes)  # fmt: skip
+                  most_shift=given.episodes, most_shares=given.episodes, most_margin=given.episodes)  # fmt: skip
     typer.echo(f"keys and values: {kv_cost(loaded, few, plan, batch_size=batch_size)}", err=True)
-    story = examples_story(loaded, few, plan, seed=seed, batch_size=batch_size, task=prompts.name, progress=not quiet)
+    story = examples_story(loaded, few, plan, seed=given.seed, batch_size=batch_size, task=prompts.name, progress=not quiet)
     if all(part is None for part in (story.shift, story.shares, story.margin, story.similarity)):
         raise EpisodeError(" ".join(story.notes))
     from mechicl.views.kv_story import kv_notes, kv_told
@@ -80,7 +50,7 @@ def kv(
     for note in kv_notes(story):
         typer.echo(note, err=True)
     if folder is not None:
-        command = f"mechicl kv --model {model} {prompts.flags} --control {control} --filler {filler}"
+        command = f"mechicl kv --model {source.model} {prompts.flags} --control {control} --filler {filler}"
         command += f' --spans "{spans}"' if spans else ""
         command += f' --factors --semantics "{semantics}" --format "{format}"' if factors else ""
         command += "".join(f" --{name}" for name, on in (("margin", margin), ("similarity", similarity)) if on)

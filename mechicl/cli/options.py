@@ -5,16 +5,15 @@ from __future__ import annotations
 import shlex
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from mechicl.data import tasks
 from mechicl.errors import OptionError, OutputPathError
 
-Task = Literal["concepts", "digits", "own", "open_mi", "fast_open_mi", "matching_mi", "clevr", "operator_induction", "operator_induction_interleaved", "textocr"]  # fmt: skip
-GENERATED = ("concepts", "digits")
-"""Tasks that need no data."""
 How = Literal["zero", "mean", "resample"]
 
 Model = Annotated[str, typer.Option("--model", "-m", help='"demo" (the bundled model), a folder, or a hub id.', rich_help_panel="Model")]
@@ -22,14 +21,15 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ...", 
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel="Model")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.", rich_help_panel="Model")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own Python code from the hub.", rich_help_panel="Model")]
+
+
+def _known(name: str) -> str:
+    """A task that there is; asked before anything else is looked at."""
+    return tasks.named(name).name
+
+
 TaskName = Annotated[
-    Task,
-    typer.Option(
-        "--task",
-        "-t",
-        help="concepts: pictures of concepts nobody has met; digits: real handwritten digits; own: your pictures in --data; the others: VL-ICL Bench in --data.",
-        rich_help_panel="Episodes",
-    ),
+    str, typer.Option("--task", "-t", metavar="TASK", callback=_known, help=f"{tasks.described()}.", rich_help_panel="Episodes")
 ]
 DataSource = Annotated[str | None, typer.Option("--data", help="own: a folder of class/picture.jpg, or a table (.csv, .jsonl, .parquet) of pictures and labels. VL-ICL Bench tasks: the benchmark's folder.", rich_help_panel="Episodes")]  # fmt: skip
 Episodes = Annotated[int, typer.Option("--episodes", "-n", min=1, help="How many prompts.", rich_help_panel="Episodes")]
@@ -48,19 +48,6 @@ Off = Annotated[
         help="How heads are switched off: zero (the paper's, and the default in Python), mean over the prompts, or another prompt's (resample).",
     ),
 ]
-
-
-def draw_episodes(
-    task: str, n: int, classes: int, shots: int, size: int, seed: int, *, least: int = 1, one_length: bool = False
-) -> list[Any]:
-    """Episodes of the task. `one_length`: names of two syllables only, so that any label can take another's place (concepts; digits have the names they have)."""
-    if n < least:
-        raise OptionError(f"episodes must be at least {least}, half to find heads and half to prove them; got {n}. Ask for more.")
-    from mechicl.data import concepts, digits
-
-    if task == "concepts":
-        return concepts.draw(n, classes=classes, shots=shots, size=size, seed=seed, syllables=(2, 2) if one_length else (1, 4))
-    return digits.draw(n, classes=classes, shots=shots, size=size, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -89,41 +76,18 @@ class Asked:
         return " ".join(f"--{name} {value}" for name, value in given if value is not None)
 
     def draw(self, *, least: int = 1, times: int = 1, one_length: bool = False) -> list[Any]:
-        """`times` as many episodes as were asked for; see `draw_episodes`.
+        """`times` as many episodes as were asked for; with `one_length`, of a task that offers it, any label can take another's place.
 
         Raises:
             OptionError: fewer than `least`, or more than the data has.
             ImageError: data that cannot be used; what can be left out is left out and said.
         """
-        if self.task in GENERATED:
-            assert self.classes is not None
-            assert self.size is not None
-            return draw_episodes(
-                self.task, times * self.n, self.classes, self.shots, self.size, self.seed, least=least, one_length=one_length
-            )
         if self.n < least:
             raise OptionError(f"episodes must be at least {least}, half to find heads and half to prove them; got {self.n}. Ask for more.")
-        return self._own(times * self.n) if self.task == "own" else self._vl_icl(times * self.n)
-
-    def _own(self, n: int) -> list[Any]:
-        from mechicl.data.own import check_own, draw, pool_of
-
-        assert self.data is not None
-        assert self.classes is not None
-        report = check_own(self.data, size=self.size, least=self.shots + 1)
-        if report.problems:
-            typer.echo(str(report), err=True)
-        return draw(pool_of(report, size=self.size), n, classes=self.classes, shots=self.shots, seed=self.seed)
-
-    def _vl_icl(self, n: int) -> list[Any]:
-        from mechicl.data.vl_icl import load_vl_icl
-
-        assert self.data is not None
-        found = load_vl_icl(self.data, self.task, size=self.size, strict=False)  # type: ignore[arg-type]
-        if found.report.problems:
-            typer.echo(str(found.report), err=True)
-        shown = found.name in ("clevr", "operator_induction", "operator_induction_interleaved")  # else few prompts show the right label
-        return found.episodes(n, shots=self.shots, classes=self.classes or 2, shown=shown, seed=self.seed)
+        return tasks.named(self.task).episodes(
+            times * self.n, classes=self.classes, shots=self.shots, size=self.size, seed=self.seed, data=self.data, one_length=one_length,
+            tell=partial(typer.echo, err=True),
+        )  # fmt: skip
 
 
 def asked(
@@ -134,19 +98,21 @@ def asked(
     Raises:
         OptionError: data without a task that reads it, such a task without data, or a task whose answers no head score can use.
     """
-    if (data is None) != (task in GENERATED):
+    kind = tasks.named(task)
+    if (data is not None) != kind.reads:
         raise OptionError(f"data must be given with the tasks that read it, and with no other; got task {task} {'with' if data else 'without'} --data. E.g. --task own --data photos.")  # fmt: skip
     if data is not None and not Path(data).expanduser().exists():
         raise OptionError(f"data must be a folder or a file; there is no {data!r}. Check the path.")
-    if task == "textocr" and by_label:
+    if by_label and not kind.by_label:
         raise OptionError(
-            "task must be one whose answers occur among its examples; got textocr, where none does. Its written answers: mechicl eval tasks."
+            f"task must be one whose answers occur among its examples; got {task}, where none does. Its written answers: mechicl eval tasks."
         )
-    if task in GENERATED:
-        return Asked(task, None, n, classes or 4, shots, size or 56, seed)
-    if classes is not None and task not in ("own", "open_mi", "fast_open_mi"):
+    if classes is not None and "classes" not in kind.takes:
         raise OptionError(f"classes must be left out for {task}; got {classes}. Its answers are what occurs in the data.")
-    return Asked(task, data, n, classes or 2 if task in ("own", "open_mi", "fast_open_mi") else None, shots, size, seed)
+    if size is not None and "size" not in kind.takes:
+        raise OptionError(f"size must be left out for {task}; got {size}. Its pictures have a size of their own.")
+    classes, size = classes or kind.classes, size or kind.size
+    return Asked(task, data, n, classes if "classes" in kind.takes else None, shots, size if "size" in kind.takes else None, seed)
 
 
 def task_name(task: str, classes: int, shots: int) -> str:
@@ -159,6 +125,38 @@ def load_model(name: str, device: str | None, dtype: str, revision: str | None, 
     if not quiet:
         typer.echo(f"Loading {name} ...", err=True)
     return mechicl.load(name, device=device, dtype=dtype, revision=revision, trust_remote_code=trust, check=check, progress=not quiet)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The options that name a model and say how it is loaded."""
+
+    model: Model = "demo"
+    device: Device = None
+    dtype: Dtype = "auto"
+    revision: Revision = None
+    trust_remote_code: Trust = False
+
+    def load(self, quiet: bool, *, check: bool = True) -> Any:
+        """The model; see `mechicl.load`."""
+        return load_model(self.model, self.device, self.dtype, self.revision, self.trust_remote_code, quiet, check=check)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The options that say which episodes are drawn, and how many."""
+
+    task: TaskName = "concepts"
+    data: DataSource = None
+    episodes: Episodes = 64
+    classes: AnyClasses = None
+    shots: Shots = 2
+    size: AnySize = None
+    seed: Seed = 0
+
+    def asked(self, *, by_label: bool = True) -> Asked:
+        """Checked, with defaults that suit the task; see `asked`."""
+        return asked(self.task, self.data, self.episodes, self.classes, self.shots, self.size, self.seed, by_label=by_label)
 
 
 def one_of(name: str, value: str, allowed: Collection[str]) -> None:

@@ -9,27 +9,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from mechicl.cli.options import (
-    AnyClasses,
-    AnySize,
-    BatchSize,
-    DataSource,
-    Device,
-    Dtype,
-    Episodes,
-    Model,
-    Quiet,
-    Revision,
-    Seed,
-    Shots,
-    TaskName,
-    Trust,
-    asked,
-    check_folder,
-    load_model,
-    one_of,
-    write_text,
-)  # fmt: skip
+from mechicl.cli.options import BatchSize, Prompts, Quiet, Source, check_folder, one_of, write_text
 from mechicl.errors import OptionError
 
 PairsOption = Annotated[str, typer.Option("--pairs", help="How the corrupt prompts are made: swap_labels, swap_exemplars, swap_query, permute_labels, ...", rich_help_panel="Episodes")]  # fmt: skip
@@ -49,21 +29,11 @@ def patch(
     layers: Annotated[str | None, typer.Option(help="Only these, e.g. 0-3,7.")] = None,
     spans: Annotated[str | None, typer.Option(help='Only these, e.g. "right label,last token".')] = None,
     align: Annotated[str | None, typer.Option(help="mean or resize, where the two prompts' spans differ in length; refused without.")] = None,
-    model: Model = "demo",
-    task: TaskName = "concepts",
-    data: DataSource = None,
-    episodes: Episodes = 32,
-    classes: AnyClasses = None,
-    shots: Shots = 2,
-    size: AnySize = None,
-    seed: Seed = 0,
+    source: Source = Source(),
+    given: Prompts = Prompts(episodes=32),
     top: Annotated[int, typer.Option(min=1, help="Cells to list per site.")] = 8,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A folder for cells, table and HTML page; the same command goes on where it was.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
     batch_size: BatchSize = 16,
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
@@ -77,14 +47,14 @@ def patch(
     _check_common(pairs, metric)
     kept, named = parse_layers(layers), tuple(part.strip() for part in spans.split(",") if part.strip()) if spans else None
     folder = check_folder(out)
-    prompts = asked(task, data, episodes, classes, shots, size, seed)
+    prompts = given.asked()
     few = prompts.draw(one_length=True)
-    loaded = load_model(model, device, dtype, revision, trust_remote_code, quiet)
+    loaded = source.load(quiet)
     from mechicl.analysis.patching.patch import cost
     from mechicl.analysis.patching.patch import patch as exchange
     from mechicl.prompts.corrupt import minimal_pairs
 
-    found = minimal_pairs(loaded, few, pairs, seed=seed)  # type: ignore[arg-type]
+    found = minimal_pairs(loaded, few, pairs, seed=given.seed)  # type: ignore[arg-type]
     groups = _groups(wanted, by)
     common: dict[str, Any] = {"metric": metric, "direction": direction, "layers": kept, "align": align, "batch_size": batch_size}
     only = [named if way in ("span", "shot") else None for way, _ in groups]
@@ -94,7 +64,7 @@ def patch(
         return
     with contextlib.redirect_stdout(sys.stderr):  # what is said about cost is no result
         results = [
-            exchange(loaded, found, sites=some, by=way, spans=spans_of, out=_part(folder, way, len(groups)), seed=seed, task=prompts.name, progress=not quiet, **common)  # type: ignore[arg-type]
+            exchange(loaded, found, sites=some, by=way, spans=spans_of, out=_part(folder, way, len(groups)), seed=given.seed, task=prompts.name, progress=not quiet, **common)  # type: ignore[arg-type]
             for (way, some), spans_of in zip(groups, only, strict=True)
         ]  # fmt: skip
     typer.echo(
@@ -106,7 +76,7 @@ def patch(
     for note in dict.fromkeys(note for result in results for note in result.notes):
         typer.echo(note, err=True)
     if folder is not None:
-        command = f"mechicl patch --model {model} {prompts.flags} --pairs {pairs} --sites {sites}"
+        command = f"mechicl patch --model {source.model} {prompts.flags} --pairs {pairs} --sites {sites}"
         command += "".join(
             f" --{key} {value}"
             for key, value in (("by", by), ("layers", layers), ("spans", spans and f'"{spans}"'), ("align", align))
@@ -128,19 +98,9 @@ def circuit(
     exact: Annotated[int, typer.Option(min=0, help="Edges also run exactly, beside their estimate.")] = 24,
     random: Annotated[int, typer.Option(min=0, help="Random circuits of equal size.")] = 50,
     metric: Metric = "logit_diff",
-    model: Model = "demo",
-    task: TaskName = "concepts",
-    data: DataSource = None,
-    episodes: Episodes = 64,
-    classes: AnyClasses = None,
-    shots: Shots = 2,
-    size: AnySize = None,
-    seed: Seed = 0,
+    source: Source = Source(),
+    given: Prompts = Prompts(),
     out: Out = None,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
     batch_size: BatchSize = 8,
     quiet: Quiet = False,
 ) -> None:
@@ -152,19 +112,19 @@ def circuit(
         raise OptionError(f"target must lie between 0 and 1; got {target}. 0.85 keeps what carries 85 % of the difference.")
     _check_common(pairs, metric)
     folder = check_folder(out)
-    prompts = asked(task, data, episodes, classes, shots, size, seed)
+    prompts = given.asked()
     few = prompts.draw(least=8, one_length=True)
-    loaded = load_model(model, device, dtype, revision, trust_remote_code, quiet)
+    loaded = source.load(quiet)
     from mechicl.analysis.circuits.tracing import CircuitPlan, circuit_cost, search_circuit
     from mechicl.prompts.corrupt import minimal_pairs
     from mechicl.results import Trace
     from mechicl.views.trace_story import circuit_sentence, trace_notes
 
-    find, prove = (minimal_pairs(loaded, half, pairs, seed=seed) for half in (few[::2], few[1::2]))  # type: ignore[arg-type]
+    find, prove = (minimal_pairs(loaded, half, pairs, seed=given.seed) for half in (few[::2], few[1::2]))  # type: ignore[arg-type]
     plan = CircuitPlan(method, search, level, target, exact, random, metric)  # type: ignore[arg-type]
     typer.echo(str(circuit_cost(loaded, find, prove, plan, batch_size=batch_size)), err=True)
     scores, found, curve = search_circuit(
-        loaded, find, prove, plan, seed=seed, batch_size=batch_size, task=prompts.name, progress=not quiet
+        loaded, find, prove, plan, seed=given.seed, batch_size=batch_size, task=prompts.name, progress=not quiet
     )
     trace = Trace(None, scores, found, curve, pairs, find.n, prove.n)
     typer.echo(circuit_sentence(found))
@@ -178,7 +138,7 @@ def circuit(
     for note in trace_notes(trace):
         typer.echo(note, err=True)
     if folder is not None:
-        command = f"mechicl circuit --model {model} {prompts.flags} --pairs {pairs} --method {method}"
+        command = f"mechicl circuit --model {source.model} {prompts.flags} --pairs {pairs} --method {method}"
         _write_circuit(
             folder, trace, f"{command} --search {search} --level {level} --target {target} --metric {metric} --out {folder.name}"
         )

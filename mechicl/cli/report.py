@@ -7,47 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from mechicl.cli.options import (
-    AnyClasses,
-    AnySize,
-    BatchSize,
-    DataSource,
-    Device,
-    Dtype,
-    Episodes,
-    Model,
-    Off,
-    Quiet,
-    Revision,
-    Seed,
-    Shots,
-    TaskName,
-    Trust,
-    asked,
-    load_model,
-)
+from mechicl.cli.options import BatchSize, Off, Prompts, Quiet, Source
 
 
 def report(
     out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file to write.")],
-    model: Model = "demo",
-    task: TaskName = "concepts",
-    data: DataSource = None,
-    episodes: Episodes = 64,
-    classes: AnyClasses = None,
-    shots: Shots = 2,
-    size: AnySize = None,
-    seed: Seed = 0,
+    source: Source = Source(),
+    given: Prompts = Prompts(),
     how: Off = "mean",
     threshold: Annotated[float, typer.Option(min=0.0, max=0.99, help="Least score of a head that is switched off.")] = 0.1,
     trace: Annotated[
         bool, typer.Option("--trace/--no-trace", help="Also follow the answer through the layers and look for the circuit.")
     ] = True,
     kv: Annotated[bool, typer.Option("--kv/--no-kv", help="Also say what the examples change in the query's keys and values.")] = True,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
     batch_size: BatchSize = 8,
     quiet: Quiet = False,
 ) -> None:
@@ -55,9 +27,9 @@ def report(
     from mechicl.views.report import ReportContent, check_writable, write_report
 
     target = check_writable(out)
-    prompts = asked(task, data, episodes, classes, shots, size, seed)
+    prompts = given.asked()
     few = prompts.draw(least=8)
-    loaded = load_model(model, device, dtype, revision, trust_remote_code, quiet)
+    loaded = source.load(quiet)
     from mechicl.analysis.study import find_and_prove
 
     study = find_and_prove(
@@ -65,15 +37,15 @@ def report(
         few,
         how=how,
         threshold=threshold,
-        seed=seed,
+        seed=given.seed,
         batch_size=batch_size,
         task=prompts.name,
-        growth=_growth(model),
+        growth=_growth(source.model),
         trace=trace,
         kv=kv,
         progress=not quiet,
     )
-    command = f"mechicl report --model {model} {prompts.flags} --how {how}{'' if trace else ' --no-trace'}{'' if kv else ' --no-kv'} --out {out.name}"
+    command = f"mechicl report --model {source.model} {prompts.flags} --how {how}{'' if trace else ' --no-trace'}{'' if kv else ' --no-kv'} --out {out.name}"
     written = write_report(target, ReportContent(study, command=command))
     from mechicl.views.story import headline
 

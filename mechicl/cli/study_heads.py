@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mechicl.cli.options import Classes, Device, Dtype, Model, Quiet, Revision, Seed, Trust, check_folder, load_model, one_of, write_text
+from mechicl.cli.options import Classes, Quiet, Seed, Source, check_folder, one_of, write_text
 from mechicl.errors import OptionError
 
 WAYS = ("mean", "zero", "resample")
@@ -23,7 +23,7 @@ Functions = Annotated[
 
 def heads_at_odds(
     out: Annotated[Path, typer.Option("--out", "-o", help="A folder for what is finished, tables and an HTML page; the same command goes on where it was.")],
-    model: Model = "demo",
+    source: Source = Source(),
     tasks: Tasks = "concepts,digits,words",
     shots: Annotated[str, typer.Option(help="Examples of each class, separated by commas.", rich_help_panel="Episodes")] = "1,2,4",
     episodes: Episodes = 24,
@@ -37,10 +37,6 @@ def heads_at_odds(
     random: Annotated[int, typer.Option(min=0, help="Matched random sets of each set at the main dose.")] = 20,
     band: Annotated[int, typer.Option(min=0, help="The same at the other doses.")] = 5,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per forward pass.")] = 16,
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
@@ -57,14 +53,14 @@ def heads_at_odds(
     from mechicl.studies.heads_at_odds import check, cost, run
 
     check(**{key: asked[key] for key in asked if key not in ("size", "seed", "batch_size")}, exclude=exclude)
-    loaded = load_model(model, device, dtype, revision, trust_remote_code, quiet)
+    loaded = source.load(quiet)
     if dry_run or not quiet:
         typer.echo(str(cost(loaded, **asked)), err=True)
     if dry_run:
         return
     result = run(loaded, **asked, exclude=exclude, out=folder, progress=not quiet)
     _list(result)
-    command = f'mechicl study heads-at-odds --model {model} --tasks "{tasks}" --shots {shots} --episodes {episodes} --functions {functions} --classes {classes} --size {size}'
+    command = f'mechicl study heads-at-odds --model {source.model} --tasks "{tasks}" --shots {shots} --episodes {episodes} --functions {functions} --classes {classes} --size {size}'
     command += f" --seed {seed} --doses {doses} --how {how} --random {random} --band {band}" + (
         "" if exclude is None else f" --exclude {exclude:g}"
     )

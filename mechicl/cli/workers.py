@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mechicl.cli.options import load_model
+from mechicl.cli.options import Source
 from mechicl.errors import OptionError
 
 Workers = Annotated[
@@ -24,11 +24,7 @@ Kept = Annotated[Path | None, typer.Option(help="Keep workers' finished shards h
 
 @contextmanager
 def model_or_crew(
-    name: str,
-    device: str | None,
-    dtype: str,
-    revision: str | None,
-    trust: bool,
+    source: Source,
     quiet: bool,
     *,
     workers: int,
@@ -43,13 +39,20 @@ def model_or_crew(
     if not workers:
         if address is not None or kept is not None:
             raise OptionError("ray-address and kept must come with --workers; got 0 workers. Say how many share the episodes.")
-        yield load_model(name, device, dtype, revision, trust, quiet)
+        yield source.load(quiet)
         return
     from mechicl.analysis.spread.job import hire
 
     if not quiet:
-        typer.echo(f"Loading {name} in {workers} workers ...", err=True)
+        typer.echo(f"Loading {source.model} in {workers} workers ...", err=True)
     with hire(
-        name, workers=workers, address=address, out=kept, device=device, dtype=dtype, revision=revision, trust_remote_code=trust
+        source.model,
+        workers=workers,
+        address=address,
+        out=kept,
+        device=source.device,
+        dtype=source.dtype,
+        revision=source.revision,
+        trust_remote_code=source.trust_remote_code,
     ) as crew:
         yield crew
