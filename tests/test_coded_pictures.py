@@ -14,7 +14,9 @@ from PIL import Image
 from test_every_family_processors import without_mixing
 from test_prompts_patches import SIZES, episode, noise
 
-from mechicl.errors import RenderError
+import mechicl
+from mechicl.errors import PaddingError
+from mechicl.models.vlm import HookedVLM
 from mechicl.prompts.render import Renderer
 from mechicl.training.organisms.every.processors import build_whole
 
@@ -93,7 +95,7 @@ def test_emu3_codes_a_picture_on_a_canvas_as_large_as_the_batchs_largest_so_othe
     model, processor = build_whole("emu3")
     renderer = Renderer(processor, model.config)
     small, large = episode(noise((60, 60), 1)), episode(noise((150, 70), 2))
-    with pytest.raises(RenderError, match="largest picture"):
+    with pytest.raises(PaddingError, match="largest picture"):
         renderer.render([small, large])
     for rows in ([small], [large], [small, small], [episode(noise((60, 60), 1), noise((150, 70), 2))]):
         assert renderer.render(rows)
@@ -101,3 +103,12 @@ def test_emu3_codes_a_picture_on_a_canvas_as_large_as_the_batchs_largest_so_othe
     alone = processor.image_processor([Image.fromarray(noise((60, 60), 1))], return_tensors="pt")
     codes = [model.model.get_image_tokens(x["pixel_values"], x["image_sizes"]) for x in (both, alone)]
     assert not torch.equal(codes[0][: len(codes[1])], codes[1])  # what the refusal is for
+
+
+def test_an_analysis_runs_emu3s_prompts_one_at_a_time_where_their_pictures_differ_in_size() -> None:
+    model, processor = build_whole("emu3")
+    hooked = HookedVLM(model, processor, check=False)
+    rows = [episode(*(noise(size, k) for k in range(3))) for size in ((60, 60), (150, 70))]
+    together = mechicl.icl_accuracy(hooked, rows, batch_size=8, progress=False)
+    assert np.allclose(together.margins, mechicl.icl_accuracy(hooked, rows, batch_size=1, progress=False).margins, atol=1e-5)
+    assert any("Padding moves" in note for note in together.notes)

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from mechicl.errors import RenderError
+from mechicl.errors import PaddingError, RenderError
 from mechicl.prompts.fenced import fenced
 
 NEEDED: Mapping[str, str] = {
@@ -174,14 +174,14 @@ def check_canvas(model_type: str, pictures: Sequence[Sequence[Image.Image]], inp
     """A family whose codes for a picture depend on the size of the batch's largest picture (it pads all to it, and normalises over the padding).
 
     Raises:
-        RenderError: prompts of one batch differ in that size.
+        PaddingError: prompts of one batch differ in that size; analyses go on with one at a time.
     """
     if model_type != "emu3" or not any(pictures):
         return
     sizes = iter(inputs["image_sizes"].tolist())
     canvases = {tuple(max(side) for side in zip(*(next(sizes) for _ in few), strict=True)) for few in pictures if few}
     if len(canvases) > 1:
-        raise RenderError(
+        raise PaddingError(
             f"episodes of emu3 in one batch must have the same largest picture; got {sorted(canvases)} (height, width). Its codes depend on it: "
             "make all pictures the same size, or pass batch_size=1."
         )
