@@ -61,7 +61,9 @@ def command(group: typer.Typer, function: Callable[..., None], name: str | None 
         name: Of the command; by default the function's.
     """
     signature = inspect.signature(function, eval_str=True)
-    groups = {name: part.annotation for name, part in signature.parameters.items() if dataclasses.is_dataclass(part.annotation)}
+    groups: dict[str, Any] = {
+        name: part.annotation for name, part in signature.parameters.items() if dataclasses.is_dataclass(part.annotation)
+    }
     options = [option for part in signature.parameters.values() for option in _options(part)]
     by_name = any(option.name == "model" for option in options)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from mechicl.errors import OptionError
-from mechicl.results.base import Estimate, Provenance, Skipped
+from mechicl.results.base import Estimate, Provenance, Skipped, columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,11 +100,7 @@ class WrittenAnswers:
                 ("always", self.always),
             ):
                 test = next((c for c in self.changes if c.shots == row.shots and c.measure == name), None)
-                paired = (
-                    {"change": test.change.value, "change_low": test.change.low, "change_high": test.change.high, "holm_p": test.holm_p}
-                    if test
-                    else {}
-                )
+                paired = columns("change", test.change) | {"holm_p": test.holm_p} if test else {}
                 found.append(
                     {"task": self.task, "shots": row.shots, "examples": row.examples, "measure": name, "value": e.value, "low": e.low, "high": e.high, "n": e.n,
                      "chance": row.chance if name == "likelihood" else np.nan, **paired}

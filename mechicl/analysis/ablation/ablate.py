@@ -53,7 +53,7 @@ def ablate(
         data: A Batch, or episodes.
         heads: (layer, head) pairs, counted from 0.
         how: "zero", "mean" or "resample"; see `mechicl.analysis.ablation.switches.How`. Zero is the paper's; it takes away more than the head's message,
-            because later layers never saw a zero, so compare with "mean".
+            because later layers never saw a zero, so compare with "mean" (the default of the command line and of `find_and_prove`).
         singles: Also each head alone: what tells redundancy from irrelevance.
         n_random: Draws of random heads; 19 or more for p = 0.05 (where so many exist).
         spare: Heads that random draws leave out too: other parts of the circuit, already known to matter.
