@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mechicl.errors import CheckpointError, ImageError, OptionError, UnsupportedModelError
-from mechicl.models.check import tolerance
+from mechicl.models.check import limit_of, tolerance
 from mechicl.models.probe import text_probe
 from mechicl.models.vlm import HookedVLM
 
@@ -159,7 +159,7 @@ def _check_padding(model: HookedLM) -> None:
     padded = {"input_ids": torch.cat([ids[:, :3], ids], 1), "attention_mask": torch.cat([torch.zeros_like(mask[:, :3]), mask], 1)}
     first, second = (model.hf(**one, use_cache=False).logits[:, -1].float() for one in (plain, padded))
     share = float((first - second).abs().max()) / (float(first.std()) or 1.0)
-    if not share <= 10 * tolerance(model.hf.dtype):
+    if not share <= max(10 * tolerance(model.hf.dtype), limit_of(model.hf)):
         raise UnsupportedModelError(
             f"left padding must not change the logits; it moves those of {model.cfg.model_type} by {share:.2g} of their spread (places counted from the padding on?). "
             "Pass check=False and score one prompt at a time (batch_size=1)."
