@@ -111,7 +111,7 @@ lost = {row.name: row.accuracy.value for row in knocked.rows}
 print("query:", " -> ".join(way["query"]))
 print("exemplars:", " -> ".join(way["exemplars"]))
 print("circuits above the random band:", faithful)
-print("accuracy without the last token reading right labels:", lost["last token <- right label"])
+print(f"accuracy without the last token reading right labels: {lost['last token <- right label']:.2f}")
 assert way["query"][0] == "query image"
 assert way["query"][-1] == "last token"
 assert all(faithful.values())""",
@@ -174,7 +174,7 @@ plot(attribution)""",
     """>>>
 lost = {row.name: row.accuracy.value for row in knocked.rows}
 faithful = {name: circuit.faithfulness.low > circuit.random_high for name, circuit in circuits.items()}
-print("labels read their items:", lost["right label <- right text"], "| the query reads labels:", lost["last token <- right label"])
+print(f"accuracy where labels cannot read their items: {lost['right label <- right text']:.2f}, where the query cannot read labels: {lost['last token <- right label']:.2f}")
 print("circuits above the random band:", faithful)
 assert lost["last token <- right label"] < lost["last token <- right text"]
 assert all(faithful.values())""",
