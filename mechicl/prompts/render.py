@@ -53,6 +53,10 @@ class Renderer:
         RenderError: the tokenizer gives no offsets, the configuration names no image token, or the processor puts pictures before everything.
     """
 
+    image_token_id: int
+    template: Template
+    special: list[str]
+
     def __init__(self, processor: Any, config: Any, *, context: int | None = None, chat_template: str | None = None) -> None:
         check_order(processor)
         self.processor = processor

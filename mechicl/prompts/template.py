@@ -107,6 +107,8 @@ class Template:
     `image_token`: the model's, for a processor that has none.
     """
 
+    writes_out: bool
+
     def __init__(self, processor: Any, chat_template: str | None = None, image_token: str = "<image>") -> None:
         self.processor = processor
         self.chat_template = chat_template or getattr(processor, "chat_template", None)
