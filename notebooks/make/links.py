@@ -89,7 +89,7 @@ The forty classes that the base can name, two of them called by each other's nam
 prior = prior.assign(strategy=prior["model"].str.split().str[0])
 table = prior.groupby(["strategy", "shots"], sort=False)[["preference", "link", "prior"]].mean().round(2).unstack("shots")
 print("named rightly without examples:", prior.groupby("strategy", sort=False)["known"].mean().round(2).to_dict())
-table["preference"].join(table["link"], rsuffix=": called by the link's name")""",
+table["preference"].join(table["link"].add_suffix(": called by the link's name"))""",
     """
 ## Verdict""",
     """>>>
