@@ -15,6 +15,7 @@ from mechicl.analysis.feed import Data, Spreads, batches, labels_of, progress_ba
 from mechicl.analysis.guarded import each_batch
 from mechicl.errors import NotFiniteError, OptionError
 from mechicl.models.pictures import pictures_once
+from mechicl.models.resuming.lower import lower_layers_once
 from mechicl.prompts.batch import Batch
 
 LabelScore = Literal["full", "mean_token", "first_token"]
@@ -23,6 +24,9 @@ favour short labels), or the first token's alone (which cannot tell labels apart
 
 TIE = 1e-5
 """Nats. Labels closer than this are tied: sums of float32 log-probabilities differ by as much from the order of addition."""
+
+SPARED = 8.0
+"""Forward passes that leaving out unchanged layers must spare, before it is tried whether a model can be run so (some short passes)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,8 +247,8 @@ def answer(
 ) -> tuple[list[Answers], Key, list[str]]:
     """Score the candidates of all data, once for each set of heads that `switches` turns off (once as the model is, without).
 
-    Episodes are rendered once, and the vision tower sees a batch's pictures once (`models.pictures`); as many sets as fit into `batch_size` prompts share a
-    forward pass.
+    Episodes are rendered once, the vision tower sees a batch's pictures once (`models.pictures`), and layers below a set's first one run once where the sets
+    are many (`models.resuming.lower`). As many sets as fit into `batch_size` prompts share a forward pass.
 
     Returns:
         One `Answers` per set; the key; for each episode why it cannot be scored ("" where it can).
@@ -257,6 +261,10 @@ def answer(
     size = max(switches.least, batch_size // (1 if share or score == "first_token" else widest), 1)
     least = n // max(1, min(-(-n // size), n // switches.least))
     bar = progress_bar(None, total=n * len(switches.sets), what=what, show=progress)
+    first = [switches.first(k, model.cfg.n_layers) for k in range(len(switches.sets))]
+    order = sorted(range(len(first)), key=first.__getitem__)
+    passes = sum(first[k] for k in order[:-1]) / model.cfg.n_layers  # each begins where the one before it differed
+    spares = -(-n // size) * passes >= SPARED
 
     def work(batch: Batch, rows: range) -> tuple[list[Answers], Key, list[str]]:
         blocks = n_blocks(batch, score)
@@ -264,14 +272,16 @@ def answer(
         most = batch_size if batch.n >= least else batch_size * batch.n // least  # memory ran out: sets that share a pass are fewer too
         together = max(1, most // (batch.n if share else wide.n))
         mine = names[rows.start : rows.stop]
-        found: list[Answers] = []
-        with pictures_once(model):
+        found: dict[int, Answers] = {}
+        with pictures_once(model), lower_layers_once(model) as below:
             switches.see(model, wide, blocks)
-            for start in range(0, len(switches.sets), together):
-                group = range(start, min(start + together, len(switches.sets)))
+            for start in range(0, len(order), together):
+                group = order[start : start + together]
+                below.same_below(first[group[0]] if spares else 0)
                 hooks = switches.hooks(group)
-                found += label_logprobs(model, batch, score=score, copies=len(group), hooks=hooks, names=mine, wide=wide, share=share)
-        return found, Key.of(batch), [""] * batch.n if score == "first_token" else indistinct(batch)
+                some = label_logprobs(model, batch, score=score, copies=len(group), hooks=hooks, names=mine, wide=wide, share=share)
+                found |= zip(group, some, strict=True)
+        return [found[k] for k in range(len(order))], Key.of(batch), [""] * batch.n if score == "first_token" else indistinct(batch)
 
     def done(count: int) -> None:
         bar.update(count * len(switches.sets))

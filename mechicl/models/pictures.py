@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mechicl.models.hooked import active
 from mechicl.models.recording import decoder_layers
+from mechicl.models.replaced import replaced
 
 FEATURES = ("get_image_features", "get_video_features")
 """Where transformers' models turn pixels into features: tower and projector together."""
@@ -35,18 +36,8 @@ def pictures_once(model: Any) -> Iterator[None]:
     Args:
         model: A `HookedVLM`; anything without pictures is left as it is.
     """
-    changed: list[tuple[nn.Module, str, Any]] = []
-    try:
-        for module, name in _makers(model):
-            changed.append((module, name, vars(module).get(name)))
-            setattr(module, name, _remembering(model, module, getattr(module, name)))
+    with replaced((module, name, _remembering(model, module, getattr(module, name))) for module, name in _makers(model)):
         yield
-    finally:
-        for module, name, before in reversed(changed):
-            if before is None:
-                delattr(module, name)
-            else:
-                setattr(module, name, before)
 
 
 def _makers(model: Any) -> list[tuple[nn.Module, str]]:

@@ -75,6 +75,10 @@ class Switches:
         """Whether prompts may run apart from their candidates: not when other prompts' outputs were read with candidates behind them."""
         return self.how != "resample"
 
+    def first(self, k: int, n_layers: int) -> int:
+        """The lowest layer that set k touches; `n_layers` for a set that leaves the model as it is."""
+        return min((layer for layer, _ in self.sets[k]), default=n_layers)
+
     def _layers(self) -> list[int]:
         return sorted({layer for one in self.sets for layer, _ in one})
 
