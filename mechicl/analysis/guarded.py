@@ -38,7 +38,7 @@ R = TypeVar("R")
 T = TypeVar("T")
 Rows = TypeVar("Rows", bound=Sequence[Any])
 
-APART = "Padding moves this model's logits, so prompts of several lengths went through it apart; nothing was left out."
+APART = "Padding moves this model's logits, so prompts of several lengths, or with pictures of several sizes, went through it apart; nothing was left out."
 GAVE_UP = "One prompt at a time does not fit either: use fewer shots, smaller pictures, a smaller dtype, or device_map='auto'."
 
 MARK = "guarded"

@@ -103,8 +103,6 @@ class Template:
 
     The plain lines are: the instruction; for every shot its pictures, its text, its question, its label, each on a line of its own (the question
     directly behind the pictures); the query likewise, without a label. `image_token` is the model's, for a processor that names none.
-
-    `image_token`: the model's, for a processor that has none.
     """
 
     writes_out: bool
