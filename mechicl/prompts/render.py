@@ -76,7 +76,9 @@ class Renderer:
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.context: int | None = context if context is not None else getattr(text, "max_position_embeddings", None)
         known = self.image_token_id >= 0  # a language model has none
-        self.template = Template(processor, chat_template, self.tokenizer.convert_ids_to_tokens(self.image_token_id) if known else "<image>")
+        self.template = Template(
+            processor, chat_template, self.tokenizer.convert_ids_to_tokens(self.image_token_id) if known else "<image>"
+        )
         self.continuation: Mapping[str, int] = CONTINUATION.get(self.model_type, {})
         added = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         self.special = sorted({*map(str, self.tokenizer.all_special_tokens), *added, self.template.image_token}, key=len, reverse=True)
