@@ -192,7 +192,7 @@ def take(model: str | Path | HookedVLM, dtype: str) -> tuple[HookedVLM, str | No
 
 def learn(loop: Loop, now: Callable[[], HookedVLM], probe: Probe | None, points: Sequence[int], every: int, progress: bool) -> None:
     """Take the steps that are left; measure and checkpoint on the way."""
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     first = loop.accelerator.is_main_process
     live = math.nan
