@@ -54,9 +54,9 @@ def qwen(layers: int, width: int) -> HookedVLM:
     return HookedVLM(model, check=False)
 
 
-def prompt(model: HookedVLM) -> Batch:
+def prompt(model: HookedVLM, grid: int = GRID) -> Batch:
     """Pictures of noise, each followed by its label, and a query."""
-    side = GRID**2 // 4
+    side = grid**2 // 4
     n = 8 + 12 * SHOTS + 6 + (SHOTS + 1) * side
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(20, 60, (1, n), generator=generator)
@@ -66,8 +66,8 @@ def prompt(model: HookedVLM) -> Batch:
     shown = {
         "input_ids": ids.masked_fill(pictures, model.hf.config.image_token_id),
         "mm_token_type_ids": pictures.long(),
-        "pixel_values": torch.randn((SHOTS + 1) * GRID**2, patch, generator=generator),
-        "image_grid_thw": torch.tensor([[1, GRID, GRID]] * (SHOTS + 1)),
+        "pixel_values": torch.randn((SHOTS + 1) * grid**2, patch, generator=generator),
+        "image_grid_thw": torch.tensor([[1, grid, grid]] * (SHOTS + 1)),
     }
     return replace(batch, inputs={**batch.inputs, **shown})
 
