@@ -261,9 +261,10 @@ def answer(
     size = max(switches.least, batch_size // (1 if share or score == "first_token" else widest), 1)
     least = n // max(1, min(-(-n // size), n // switches.least))
     bar = progress_bar(None, total=n * len(switches.sets), what=what, show=progress)
-    first = [switches.first(k, model.cfg.n_layers) for k in range(len(switches.sets))]
+    n_layers: int = model.cfg.n_layers if any(switches.sets) else 1
+    first = [switches.first(k, n_layers) for k in range(len(switches.sets))]
     order = sorted(range(len(first)), key=first.__getitem__)
-    passes = sum(first[k] for k in order[:-1]) / model.cfg.n_layers  # each begins where the one before it differed
+    passes = sum(first[k] for k in order[:-1]) / n_layers  # each begins where the one before it differed
     spares = -(-n // size) * passes >= SPARED
 
     def work(batch: Batch, rows: range) -> tuple[list[Answers], Key, list[str]]:

@@ -219,7 +219,13 @@ def _scored_of(line: dict[str, Any]) -> ScoredSetting:
         scores[name] = Score(**fields)
     skipped = tuple((str(a), str(b)) for a, b in line["skipped"])
     return ScoredSetting(
-        str(line["task"]), int(line["shots"]), _of_bits(line["correct"]), float(line["chance"]), scores, skipped, tuple(line["notes"])
+        str(line["task"]),
+        int(line["shots"]),
+        _of_bits(line["correct"]),
+        float(line["chance"]),
+        scores,
+        skipped,
+        tuple(line.get("notes", ())),
     )
 
 
@@ -234,5 +240,5 @@ def _knocked_of(line: dict[str, Any]) -> KnockedSetting:
     correct = {_heads_of(name): _of_bits(bits) for name, bits in zip(line["sets"], line["correct"], strict=True)}
     skipped = tuple((str(a), str(b)) for a, b in line["skipped"])
     return KnockedSetting(
-        str(line["task"]), int(line["shots"]), str(line["how"]), _of_bits(line["intact"]), _of_bits(line["zero_shot"]), float(line["chance"]), correct, skipped, tuple(line["notes"])
+        str(line["task"]), int(line["shots"]), str(line["how"]), _of_bits(line["intact"]), _of_bits(line["zero_shot"]), float(line["chance"]), correct, skipped, tuple(line.get("notes", ()))
     )  # fmt: skip
