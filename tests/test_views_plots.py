@@ -190,6 +190,7 @@ def test_dark_figures_differ_in_look_only() -> None:
     assert figure_json(light) == figure_json(dark)
     assert light.layout.template.layout.font.color != dark.layout.template.layout.font.color
     assert dark.layout.template.layout.paper_bgcolor == theme.DARK_PAPER  # light words need it where a figure stands alone
+    assert "sendChartToCloud" in light.layout.template.layout.modebar.remove  # a button that uploads the figure, also in a notebook
 
 
 def test_only_results_can_be_drawn() -> None:

@@ -45,6 +45,9 @@ ROLE_COLOURS: dict[str, str] = {
 """What a token is for -> its colour in the prompt strip. `label` is split by whether it is the answer's."""
 
 
+NO_TOOLS = ("sendChartToCloud", "lasso2d", "select2d")
+"""Tools that plotly would put on a figure and that ours do without, wherever they are shown: one uploads it, two select points, which does nothing."""
+
 DARK_PAPER = "#181c22"
 
 
@@ -67,7 +70,7 @@ def template(dark: bool = False) -> dict[str, Any]:
             "yaxis": axis,
             "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.2, "yanchor": "top", "font": {"size": 12.5, "color": ink}},
             "hoverlabel": {"bgcolor": paper, "bordercolor": soft, "font": {"family": FONT, "size": 13, "color": ink}, "align": "left"},
-            "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": soft, "activecolor": ink},
+            "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": soft, "activecolor": ink, "remove": list(NO_TOOLS)},
             "sliderdefaults": {"bgcolor": line, "bordercolor": soft, "activebgcolor": soft, "tickcolor": soft, "font": {"size": 12, "color": soft},
                                "currentvalue": {"font": {"size": 14, "color": ink}}},
             "annotationdefaults": {"font": {"size": 12, "color": soft}},
