@@ -67,7 +67,15 @@ def build_rows(result: BuildOrSharpen) -> Spec:
         estimates(names, [row.accuracy for row in result.rows], "fine-tuned", INTACT),
     ]
     panels = [
-        rows_panel(accuracy, names, "<b>accuracy</b>, dotted: chance", title="held out", level=result.chance, x={"range": [-0.04, 1.04]})
+        rows_panel(
+            accuracy,
+            names,
+            "<b>accuracy</b><br>dotted: chance",
+            title="held out",
+            level=result.chance,
+            x={"range": [-0.04, 1.04]},
+            above=TWO_LINES,
+        )
     ]
     traces = []
     for role in dict.fromkeys(h.role for row in result.rows for h in row.link):
@@ -77,10 +85,19 @@ def build_rows(result: BuildOrSharpen) -> Spec:
             traces.append(estimates(names, found, name, ROLES[role], SYMBOLS[list(ROLES).index(role)], filled=[filled] * len(names)))
     panels.append(
         rows_panel(
-            traces, names, "<b>scores of its link heads</b>, mean", title="share of attention", x={"range": [-0.06, 1.06]}, named=False
+            traces,
+            names,
+            "<b>its link heads</b><br>mean score",
+            title="share of attention",
+            x={"range": [-0.06, 1.06]},
+            named=False,
+            above=TWO_LINES,
         )
     )
-    panels += [_grafts(result, "adapted", "base's weights put back", names), _grafts(result, "base", "put into the base", names)]
+    panels += [
+        _grafts(result, "adapted", "<b>weights</b><br>the base's, put back", names),
+        _grafts(result, "base", "<b>weights</b><br>put into the base", names),
+    ]
     for panel in panels[1:]:
         panel.y["showticklabels"] = False
     spec = stack([panels], insets=[0.15], header=84, footer=96, gap=0.035)
@@ -90,6 +107,8 @@ def build_rows(result: BuildOrSharpen) -> Spec:
     return spec
 
 
+TWO_LINES = 66
+"""Pixels above a panel whose heading has two lines."""
 WEIGHTS = (
     ("link heads", CHOSEN, "circle"),
     ("all other heads", LINES[4], "diamond"),
@@ -111,7 +130,7 @@ def _grafts(result: BuildOrSharpen, side: str, heading: str, names: Sequence[str
     random = [g.random_margin_change if (g := _graft(row.grafts, side, "link heads")) else np.zeros(0) for row in result.rows]
     spread = [Estimate(float(r.mean()), float(r.min()), float(r.max()), len(r), "nats") if len(r) else EMPTY for r in random]
     traces.append(estimates(names, spread, "weights of random heads, whole range", RANDOM, "x", legend=side == "adapted"))
-    return rows_panel(traces, names, f"<b>{heading}</b>", title="change of the margin, nats", level=0.0, named=False)
+    return rows_panel(traces, names, heading, title="margin change, nats", level=0.0, named=False, above=TWO_LINES)
 
 
 def _graft(grafts: Sequence[Graft], side: str, what: str) -> Graft | None:
