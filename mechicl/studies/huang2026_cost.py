@@ -69,6 +69,7 @@ def _knock_outs(model: Any, few: Sequence[Episode], sets: Sequence[Any]) -> tupl
         switches = Switches.build(model, few, some, "zero", seed=0, batch_size=len(few))
         return _timed(lambda: answer(model, few, switches=switches, batch_size=len(few))) / len(few)
 
+    answer(model, few[:1], batch_size=1)  # how this model can be run is tried once
     first, all_of_them = seconds(sets[:1]), seconds(sets)
     further = (all_of_them - first) / max(1, len(sets) - 1)
     return first, further if further > 0 else first  # timings of a moment may be out of order
