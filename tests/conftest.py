@@ -23,6 +23,8 @@ import pytest
 import torch
 from PIL import Image
 
+from mechicl.models import probe
+from mechicl.prompts.episode import Episode, Shot
 from mechicl.training.organisms import FAMILIES, build
 
 torch.set_num_threads(1)
@@ -54,6 +56,17 @@ def picture(width: int = 56, height: int = 56, *, seed: int = 0) -> Image.Image:
     left, top = int(draw.integers(0, width // 2)), int(draw.integers(0, height // 2))
     pixels[top : top + height // 2, left : left + width // 2] = draw.integers(0, 256, 3, dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def worded_episodes() -> list[Episode]:
+    """Two episodes of three candidates: labels of several tokens, prompts of two lengths."""
+    return [
+        Episode(
+            shots=(Shot("daxo", (probe.picture((56, 56), k),)), Shot("blicketo", (probe.picture((56, 56), k + 1),))),
+            query=Shot("daxo", (probe.picture((56, 56), k + 2),)), candidates=("daxo", "blicketo", "wu"), question="What is this?" * (1 + k), id=str(k),
+        )
+        for k in range(2)
+    ]  # fmt: skip
 
 
 def pictures(n: int, *, seed: int = 0) -> list[Image.Image]:

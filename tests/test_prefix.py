@@ -6,18 +6,11 @@ import pytest
 import torch
 
 from mechicl.models.prefix import continue_prompts
-from mechicl.models.probe import picture
 from mechicl.models.vlm import HookedVLM
-from mechicl.prompts.episode import Episode, Shot
 from mechicl.training.organisms import FAMILIES, build
+from tests.conftest import worded_episodes
 
-EPISODES = [
-    Episode(
-        shots=(Shot("daxo", (picture((56, 56), k),)), Shot("blicketo", (picture((56, 56), k + 1),))),
-        query=Shot("daxo", (picture((56, 56), k + 2),)), candidates=("daxo", "blicketo", "wu"), question="What is this?" * (1 + k), id=str(k),
-    )
-    for k in range(2)
-]  # fmt: skip
+EPISODES = worded_episodes()
 
 
 def long_way(model: HookedVLM, batch, tokens) -> torch.Tensor:

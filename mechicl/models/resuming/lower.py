@@ -176,7 +176,7 @@ def _agrees(model: Any, layer: int, cached: bool) -> bool:
             below._tried = below._kept
             short = model.hf(**inputs, use_cache=cached)
         pairs = [(whole.logits, short.logits), *zip(_keys(whole), _keys(short), strict=True)]
-        limit = tolerance(model.hf.dtype)
+        limit = tolerance(torch.float32)  # layers that run get the same numbers: half precision excuses nothing
         alike = all(float((a - b).abs().max()) <= limit * (float(a.float().std()) or 1.0) for a, b in pairs)
     except ERRORS:
         return False
